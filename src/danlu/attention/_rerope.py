@@ -1,0 +1,300 @@
+r"""Attention with rotary positions, and with rotary positions clipped at a window (ReRoPE, Leaky ReRoPE).
+
+Source: "Transformer升级之路:12、无限外推的ReRoPE?" (2023-08-07) and the neighboring articles 11 and 13 of the series.
+
+Shape letters: `B` batch; `H` query heads; `H_kv` key heads, dividing `H`; `N` keys; `M` queries, the last `M` of the
+`N` slots; `D` head size; `E` value size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from danlu._common.checks import check_floating, check_integer, check_real, check_same_device, is_low_precision
+from danlu.attention._masks import (
+    attend,
+    check_attention,
+    check_key_padding_mask,
+    grouped_matmul,
+    visible_keys,
+    without_padding,
+)
+from danlu.positions import apply_rope, rope_frequencies
+
+__all__ = ["ReRoPE", "rerope_attention", "rope_attention"]
+
+
+def rope_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    inv_freq: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    r"""Softmax attention with rotary positions, from queries and keys that are *not* rotated yet.
+
+    Definition:
+        $$o_i = \sum_j \operatorname{softmax}_j\!\big(s\,q_i^\top \mathcal R_{j-i}\,k_j\big)\,v_j$$
+        over the visible $j$, with $\mathcal R$ the rotation of [`apply_rope`][danlu.positions.apply_rope], $s$ =
+        `scale`, and positions that are slots: keys $0, \dots, N-1$, queries $N-M, \dots, N-1$.
+
+    Args:
+        query: shape `(B, H, M, D)`.
+        key: shape `(B, H_kv, N, D)` with $N \ge M$; each key head serves `H / H_kv` consecutive query heads.
+        value: shape `(B, H_kv, N, E)`.
+        inv_freq: frequencies (radians per position), shape `(R / 2,)` with $R \le D$; None means
+            `rope_frequencies(D)`.
+        scale: factor of the scores; None means $D^{-1/2}$.
+        is_causal: a query sees the keys of its own and earlier slots; else all keys.
+        key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. A query whose own slot is hidden
+            is padding, too, and sees nothing.
+        interleaved: rotate neighboring channels instead of halves.
+
+    Returns:
+        Shape `(B, H, M, E)`, dtype of `query`. A query that sees no key gets exactly 0 and no gradient.
+
+    Raises:
+        TypeError: not floating tensors of one dtype, or a mask that is not bool.
+        ValueError: shapes or devices that do not fit, or an odd `D` without `inv_freq`; the message has the shapes.
+
+    Numerics:
+        Half inputs are computed in float32 and rounded once; float64 stays float64. Angles are float64. Values of
+        hidden keys cannot leak, not even NaN.
+
+    Cost:
+        $O(MND)$ time and $O(BHMN)$ memory: this is the dense definition.
+
+    Source:
+        Su et al. (2021), arXiv 2104.09864.
+
+    Example:
+        >>> import torch
+        >>> from danlu.attention import rope_attention
+        >>> x = torch.eye(4).view(1, 1, 4, 4)
+        >>> rope_attention(x, x, x)[0, 0, 0]
+        tensor([1., 0., 0., 0.])
+    """
+    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask)
+    dtype = query.dtype
+    query, key, value = _prepared(query, key, value, key_padding_mask)
+    slots, distance = _slots(query, key)
+    rotated = _rotate(query, slots[key.shape[2] - query.shape[2] :], frequencies, interleaved, scale)
+    scores = grouped_matmul(rotated, apply_rope(key, slots, frequencies, interleaved=interleaved).transpose(-2, -1))
+    return attend(scores, value, visible_keys(distance, is_causal, key_padding_mask)).to(dtype)
+
+
+def rerope_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    slope: float = 0.0,
+    inv_freq: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    r"""Rotary attention whose relative positions stop growing at a window: a RoPE model then reads longer text.
+
+    Definition:
+        $$o_i = \sum_j \operatorname{softmax}_j\!\big(s\,q_i^\top \mathcal R_{-g(i-j)}\,k_j\big)\,v_j, \qquad
+        g(t) = \begin{cases} t & |t| < w \\ \operatorname{sign}(t)\,\big(w + (|t| - w)\,\rho\big) & |t| \ge w
+        \end{cases}$$
+        with $w$ = `window` and $\rho$ = `slope`. $\rho = 0$ is ReRoPE, $0 < \rho < 1$ Leaky ReRoPE, $\rho = 1$ RoPE.
+        $\rho > 1$ in training with plain RoPE at inference is InvLeaky ReRoPE.
+
+    Args:
+        query: shape `(B, H, M, D)`, not rotated.
+        key: shape `(B, H_kv, N, D)` with $N \ge M$, not rotated.
+        value: shape `(B, H_kv, N, E)`.
+        window: $w \ge 1$ (tokens). A quarter to a half of the training length is recommended for models trained with
+            RoPE; at the training length itself quality drops on some models.
+        slope: $\rho \ge 0$, growth of relative positions beyond the window.
+        inv_freq: frequencies (radians per position) that the model was trained with; None means
+            `rope_frequencies(D)`.
+        scale: factor of the scores; None means $D^{-1/2}$.
+        is_causal: a query sees the keys of its own and earlier slots; else all keys, with $g(-t) = -g(t)$.
+        key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. A query whose own slot is hidden
+            is padding, too, and sees nothing.
+        interleaved: rotate neighboring channels instead of halves.
+
+    Returns:
+        Shape `(B, H, M, E)`, dtype of `query`. A query that sees no key gets exactly 0 and no gradient.
+
+    Raises:
+        TypeError: not floating tensors of one dtype, a mask that is not bool, or options of a wrong type.
+        ValueError: `window` < 1, `slope` < 0, or shapes or devices that do not fit.
+
+    Numerics:
+        As in [`rope_attention`][danlu.attention.rope_attention], to which it is equal bit for bit when $w \ge N$.
+
+    Cost:
+        $O(MND)$ time with two score matrices (three without `is_causal`), $O(BHMN)$ memory: this is the dense
+        definition.
+
+    Differences:
+        The author's code rotates the queries of far keys by $+w$ on both sides, which is right for causal attention
+        and wrong without a causal mask; here $g$ is odd.
+
+    Source:
+        "Transformer升级之路:12、无限外推的ReRoPE?" (2023-08-07); 13 (2023-08-14) for InvLeaky.
+
+    Example:
+        >>> import torch
+        >>> from danlu.attention import rerope_attention
+        >>> query, key, value = torch.randn(3, 1, 2, 16, 8)
+        >>> rerope_attention(query, key, value, window=4).shape
+        torch.Size([1, 2, 16, 8])
+    """
+    check_integer("window", window, low=1)
+    check_real("slope", slope, low=0.0)
+    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask)
+    count = key.shape[2]
+    if window >= count:
+        return rope_attention(
+            query,
+            key,
+            value,
+            inv_freq=inv_freq,
+            scale=scale,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            interleaved=interleaved,
+        )
+    dtype = query.dtype
+    query, key, value = _prepared(query, key, value, key_padding_mask)
+    slots, distance = _slots(query, key)
+    query_slots = slots[count - query.shape[2] :]
+
+    def scores(query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        rotated = _rotate(query, query_positions, frequencies, interleaved, scale)
+        turned = apply_rope(key, key_positions, frequencies, interleaved=interleaved)
+        return grouped_matmul(rotated, turned.transpose(-2, -1))
+
+    near = scores(query_slots, slots)
+    # g(i - j) = ((i - w) rho + w) - j rho for keys far to the left, and its mirror image to the right.
+    leaky_keys = slots.to(torch.float64) * slope
+    left = scores((query_slots - window).to(torch.float64) * slope + window, leaky_keys)
+    out = torch.where(distance < window, near, left)
+    if not is_causal:
+        right = scores((query_slots + window).to(torch.float64) * slope - window, leaky_keys)
+        out = torch.where(distance <= -window, right, out)
+    return attend(out, value, visible_keys(distance, is_causal, key_padding_mask)).to(dtype)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    inv_freq: Tensor | None,
+    scale: float | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """Check the arguments that both functions share and return the frequencies."""
+    check_attention(query, key, value, scale)
+    check_key_padding_mask(key_padding_mask, key)
+    if inv_freq is None:
+        if query.shape[-1] % 2 or query.shape[-1] == 0:
+            raise ValueError(f"head_dim must be even and positive without inv_freq, got query {tuple(query.shape)}")
+        return rope_frequencies(query.shape[-1]).to(query.device)
+    check_floating("inv_freq", inv_freq)
+    check_same_device(query=query, inv_freq=inv_freq)
+    return inv_freq
+
+
+def _prepared(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors in at least float32, with padding taken out of keys and values."""
+    if is_low_precision(query.dtype):
+        query, key, value = query.float(), key.float(), value.float()
+    return query, without_padding(key, key_padding_mask), without_padding(value, key_padding_mask)
+
+
+def _slots(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots of the keys, and query slot minus key slot for every pair."""
+    slots = torch.arange(key.shape[2], device=key.device)
+    return slots, slots[key.shape[2] - query.shape[2] :, None] - slots
+
+
+def _rotate(query: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool, scale: float | None) -> Tensor:
+    """Rotated and scaled queries; scaling the queries costs less than scaling the scores."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return apply_rope(query, positions, inv_freq, interleaved=interleaved) * factor
+
+
+class ReRoPE(nn.Module):
+    r"""Module form of [`rerope_attention`][danlu.attention.rerope_attention].
+
+    Definition:
+        `forward(query, key, value) = rerope_attention(query, key, value, window=window, slope=slope, ...)` with the
+        frequencies $\theta_m = b^{-2(m-1)/D}$ of `base` $b$.
+
+    Args:
+        window: $w \ge 1$ (tokens).
+        slope: $\rho \ge 0$.
+        base: base of the frequencies that the model was trained with.
+        is_causal: whether a query sees only its own and earlier slots.
+        interleaved: rotate neighboring channels instead of halves.
+
+    Returns:
+        From `forward`: the attention output, shape `(B, H, M, E)`.
+
+    Raises:
+        TypeError: an option is not of its type.
+        ValueError: `window` < 1, `slope` < 0 or `base` not positive, at construction.
+
+    Numerics:
+        As in the function.
+
+    Source:
+        As in the function.
+
+    Example:
+        >>> import torch
+        >>> from danlu.attention import ReRoPE
+        >>> ReRoPE(window=4)(*torch.randn(3, 1, 2, 16, 8)).shape
+        torch.Size([1, 2, 16, 8])
+    """
+
+    def __init__(
+        self,
+        window: int,
+        *,
+        slope: float = 0.0,
+        base: float = 10000.0,
+        is_causal: bool = True,
+        interleaved: bool = False,
+    ) -> None:
+        super().__init__()
+        self.window = check_integer("window", window, low=1)
+        self.slope = check_real("slope", slope, low=0.0)
+        self.base = check_real("base", base, low=0.0, low_open=True)
+        self.is_causal = is_causal
+        self.interleaved = interleaved
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Return the attention output."""
+        return rerope_attention(
+            query,
+            key,
+            value,
+            window=self.window,
+            slope=self.slope,
+            inv_freq=rope_frequencies(query.shape[-1], base=self.base).to(query.device),
+            is_causal=self.is_causal,
+            key_padding_mask=key_padding_mask,
+            interleaved=self.interleaved,
+        )
+
+    def extra_repr(self) -> str:
+        """Options as they stand in `repr`."""
+        return (
+            f"window={self.window}, slope={self.slope}, base={self.base}, is_causal={self.is_causal}, "
+            f"interleaved={self.interleaved}"
+        )

@@ -1,0 +1,184 @@
+r"""Rotary position embedding (RoPE): pairs of channels are rotated by an angle proportional to the position.
+
+Source: Su et al. (2021), "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864.
+
+Shape letters: `L` tokens; `D` channels of a head; `R` rotated channels, even and at most `D`; `...` any other axes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from danlu._common.checks import check_floating, check_integer, check_real, is_low_precision
+
+__all__ = ["RotaryEmbedding", "apply_rope", "rope_frequencies"]
+
+
+def rope_frequencies(dim: int, *, base: float = 10000.0) -> Tensor:
+    r"""Angular frequencies of RoPE.
+
+    Definition:
+        $$\theta_m = b^{-2(m-1)/R}, \qquad m = 1, \dots, R/2$$
+        with $R$ = `dim` and $b$ = `base`.
+
+    Args:
+        dim: number of rotated channels, even and at least 2.
+        base: $b > 0$; 10000 in the paper, $10^5$ to $10^6$ in models for long text.
+
+    Returns:
+        Frequencies (radians per position), shape `(dim / 2,)`, float64, on the CPU, from 1 downward.
+
+    Raises:
+        TypeError: `dim` is not an int or `base` not a number.
+        ValueError: `dim` is odd or below 2, or `base` is not positive.
+
+    Numerics:
+        float64: an angle is a frequency times a position, and at position $10^6$ a float32 frequency is off by
+        0.03 radians.
+
+    Source:
+        Su et al. (2021), arXiv 2104.09864, section 3.2.2.
+
+    Example:
+        >>> from danlu.positions import rope_frequencies
+        >>> rope_frequencies(8)
+        tensor([1.0000, 0.1000, 0.0100, 0.0010], dtype=torch.float64)
+    """
+    check_integer("dim", dim, low=2)
+    if dim % 2:
+        raise ValueError(f"dim must be even, got {dim}")
+    check_real("base", base, low=0.0, low_open=True)
+    return torch.pow(base, -torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
+def apply_rope(input: Tensor, positions: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
+    r"""Rotate queries or keys by their positions.
+
+    Definition:
+        For a token at position $p$ the channel pair $m$ becomes
+        $$\begin{pmatrix} y_m \\ y'_m \end{pmatrix} = \begin{pmatrix} \cos p\theta_m & -\sin p\theta_m \\
+        \sin p\theta_m & \cos p\theta_m \end{pmatrix} \begin{pmatrix} x_m \\ x'_m \end{pmatrix}$$
+        written $y = \mathcal R_p x$, with $\theta$ = `inv_freq`. The pair is $(m, m + R/2)$, or $(2m, 2m+1)$ with
+        `interleaved`; channels from $R$ on stay as they are. $\mathcal R_a^\top \mathcal R_b = \mathcal R_{b-a}$, so a
+        product of rotated query and key depends on the difference of positions only; $\mathcal R_{-p}$ undoes
+        $\mathcal R_p$.
+
+    Args:
+        input: shape `(..., L, D)`.
+        positions: shape `(L,)`, or broadcastable to `input.shape[:-1]`; integers or float32/float64, any real number.
+        inv_freq: frequencies (radians per position), shape `(R / 2,)` with $R \le D$, float64 recommended.
+        interleaved: pairs are neighbors (GPT-J, RoFormer, GLM) instead of halves (Llama and most others). Both are
+            the same map up to a fixed permutation of the channels.
+
+    Returns:
+        Shape and dtype of `input`.
+
+    Raises:
+        TypeError: `input` or `inv_freq` is not floating; `positions` is bool, float16 or bfloat16, which cannot hold
+            positions.
+        ValueError: $R > D$, `inv_freq` is not one-dimensional, or `positions` does not broadcast.
+
+    Numerics:
+        Angles, sines and cosines are computed in float64 and cast at the end: at position $10^6$ float32 angles are
+        wrong by 0.016 in the cosine. Half inputs are rotated in float32. Autocast does not touch the table.
+
+    Source:
+        Su et al. (2021), arXiv 2104.09864, equation 34.
+
+    Example:
+        >>> import torch
+        >>> from danlu.positions import apply_rope, rope_frequencies
+        >>> query = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> apply_rope(query, torch.tensor([0, 1]), rope_frequencies(2))
+        tensor([[1.0000, 0.0000],
+                [0.5403, 0.8415]])
+    """
+    check_floating("input", input)
+    check_floating("inv_freq", inv_freq)
+    if input.ndim < 2:
+        raise ValueError(f"input must have shape (..., L, D), got {tuple(input.shape)}")
+    if inv_freq.ndim != 1 or 2 * inv_freq.shape[0] > input.shape[-1]:
+        raise ValueError(
+            f"inv_freq must have shape (R / 2,) with R at most {input.shape[-1]}, got {tuple(inv_freq.shape)}"
+        )
+    check_positions("positions", positions, input.shape[:-1])
+    rotated = 2 * inv_freq.shape[0]
+    dtype = torch.float32 if is_low_precision(input.dtype) else input.dtype
+    cos, sin = _tables(positions, inv_freq, dtype)
+    with torch.autocast(device_type=input.device.type, enabled=False):
+        body = input[..., :rotated].to(dtype)
+        if interleaved:
+            first, second = body[..., 0::2], body[..., 1::2]
+        else:
+            first, second = body[..., : rotated // 2], body[..., rotated // 2 :]
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        out = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+        out = out.to(input.dtype)
+        return out if rotated == input.shape[-1] else torch.cat((out, input[..., rotated:]), dim=-1)
+
+
+def check_positions(name: str, positions: Tensor, shape: torch.Size) -> None:
+    """Raise unless `positions` can number the tokens of a tensor whose shape without channels is `shape`."""
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(positions).__name__}")
+    if positions.dtype == torch.bool or positions.is_complex() or is_low_precision(positions.dtype):
+        raise TypeError(f"{name} must be integers, float32 or float64, got dtype {positions.dtype}")
+    given = tuple(positions.shape)
+    if len(given) > len(shape) or any(a not in (1, b) for a, b in zip(given[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name} of shape {given} does not broadcast to the tokens' shape {tuple(shape)}")
+
+
+def _tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle, computed in float64."""
+    with torch.autocast(device_type=positions.device.type, enabled=False):
+        angles = positions.to(torch.float64)[..., None] * inv_freq.to(torch.float64)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    r"""Module form of [`apply_rope`][danlu.positions.apply_rope] with held frequencies.
+
+    Definition:
+        `forward(input, positions) = apply_rope(input, positions, rope_frequencies(dim, base=base))`.
+
+    Args:
+        dim: number of rotated channels, even and at least 2.
+        base: base of the frequencies.
+        interleaved: pairs are neighbors instead of halves.
+
+    Returns:
+        From `forward`: the rotated input; `positions` None means 0, 1, ..., L - 1.
+
+    Raises:
+        ValueError: as in the functions.
+
+    Numerics:
+        The frequencies are not part of the state dict and stay float64 whatever the module is cast to; only their
+        device follows the input.
+
+    Source:
+        As in the function.
+
+    Example:
+        >>> import torch
+        >>> from danlu.positions import RotaryEmbedding
+        >>> RotaryEmbedding(4)(torch.ones(1, 2, 4))[0, 0]
+        tensor([1., 1., 1., 1.])
+    """
+
+    def __init__(self, dim: int, *, base: float = 10000.0, interleaved: bool = False) -> None:
+        super().__init__()
+        self.dim = dim
+        self.base = base
+        self.interleaved = interleaved
+        # A plain attribute and not a buffer, since `module.half()` casts buffers.
+        self.inv_freq = rope_frequencies(dim, base=base)
+
+    def forward(self, input: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return the rotated input."""
+        if positions is None:
+            positions = torch.arange(input.shape[-2], device=input.device)
+        return apply_rope(input, positions, self.inv_freq.to(input.device), interleaved=self.interleaved)
+
+    def extra_repr(self) -> str:
+        """Options as they stand in `repr`."""
+        return f"dim={self.dim}, base={self.base}, interleaved={self.interleaved}"

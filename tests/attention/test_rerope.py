@@ -1,0 +1,163 @@
+"""ReRoPE alone: the pairwise definition, limits, invariances, bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from danlu.attention import ReRoPE, rerope_attention, rope_attention
+from danlu.positions import apply_rope, rope_frequencies
+
+
+def clipped(t: int, window: int, slope: float) -> float:
+    """g(t), written from the definition."""
+    size = abs(t)
+    return math.copysign(size if size < window else window + (size - window) * slope, t)
+
+
+def pairwise(query: Tensor, key: Tensor, value: Tensor, window: int, slope: float, is_causal: bool) -> Tensor:
+    """The definition, one pair of positions at a time, for one head."""
+    length, dim = query.shape
+    inv_freq = rope_frequencies(dim)
+    rows = []
+    for i in range(length):
+        seen = range(i + 1) if is_causal else range(length)
+        scores = []
+        for j in seen:
+            relative = torch.tensor([-clipped(i - j, window, slope)], dtype=torch.float64)
+            scores.append((query[i] * apply_rope(key[j : j + 1], relative, inv_freq)[0]).sum() * dim**-0.5)
+        rows.append(torch.softmax(torch.stack(scores), 0) @ value[: len(scores)])
+    return torch.stack(rows)
+
+
+def one_head(length: int, dim: int = 8, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = torch.randn(3, length, dim, generator=generator, dtype=torch.float64)
+    return query, key, value
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "slope"),
+    [
+        (37, 8, 0.0),
+        (37, 8, 0.25),
+        (64, 16, 0.0),
+        (64, 1, 0.0),
+        (50, 64, 0.0),
+        (50, 50, 0.0),
+        (96, 32, 16.0),
+        (33, 8, 0.0),
+    ],
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_against_the_pairwise_definition(length, window, slope, is_causal):
+    query, key, value = one_head(length)
+    expected = pairwise(query, key, value, window, slope, is_causal)
+    cotangent = torch.randn(length, 8, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    out = rerope_attention(*(x[None, None] for x in inputs), window=window, slope=slope, is_causal=is_causal)[0, 0]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    if length <= 37:
+        reference = [x.clone().requires_grad_() for x in (query, key, value)]
+        (pairwise(*reference, window, slope, is_causal) * cotangent).sum().backward()
+        (out * cotangent).sum().backward()
+        for mine, theirs in zip(inputs, reference, strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-12)
+
+
+def test_rope_equals_scaled_dot_product_attention():
+    query, key, value = (x[None, None] for x in one_head(20))
+    positions, inv_freq = torch.arange(20), rope_frequencies(8)
+    turned = [apply_rope(x, positions, inv_freq) for x in (query, key)]
+    for is_causal in (True, False):
+        expected = F.scaled_dot_product_attention(*turned, value, is_causal=is_causal)
+        out = rope_attention(query, key, value, is_causal=is_causal)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+
+
+@given(length=st.integers(1, 24), slope=st.floats(0, 3), is_causal=st.booleans(), seed=st.integers(0, 99))
+def test_wide_window_is_rope_to_the_last_bit(length, slope, is_causal, seed):
+    inputs = [x[None, None].float() for x in one_head(length, seed=seed)]
+    expected = rope_attention(*inputs, is_causal=is_causal)
+    for window in (length, length + 1, 10**6):
+        assert torch.equal(rerope_attention(*inputs, window=window, slope=slope, is_causal=is_causal), expected)
+
+
+@given(window=st.integers(1, 30), is_causal=st.booleans())
+def test_slope_one_is_rope(window, is_causal):
+    inputs = [x[None, None] for x in one_head(24)]
+    out = rerope_attention(*inputs, window=window, slope=1.0, is_causal=is_causal)
+    torch.testing.assert_close(out, rope_attention(*inputs, is_causal=is_causal), rtol=0, atol=1e-12)
+
+
+def test_far_keys_are_a_set():
+    """With slope 0 the last query does not know the order of keys beyond the window."""
+    query, key, value = one_head(30)
+    window = 6
+    order = torch.cat((torch.randperm(30 - window), torch.arange(30 - window, 30)))
+    # Keys at distance exactly `window` are far as well: distances window .. 29 are slots 0 .. 29 - window.
+    out = rerope_attention(query[None, None], key[None, None], value[None, None], window=window)
+    moved = rerope_attention(query[None, None], key[order][None, None], value[order][None, None], window=window)
+    torch.testing.assert_close(moved[..., -1, :], out[..., -1, :], rtol=0, atol=1e-12)
+    leaky = rerope_attention(query[None, None], key[None, None], value[None, None], window=window, slope=0.5)
+    moved = rerope_attention(
+        query[None, None], key[order][None, None], value[order][None, None], window=window, slope=0.5
+    )
+    assert (moved[..., -1, :] - leaky[..., -1, :]).abs().max() > 1e-3
+
+
+def test_shift_of_slots_changes_nothing():
+    """Hidden slots in front shift every position, and only differences count."""
+    inputs = [x[None, None] for x in one_head(20)]
+    padded = [F.pad(x, (0, 0, 50, 0)) for x in inputs]
+    mask = torch.arange(70)[None] >= 50
+    for slope in (0.0, 0.3):
+        out = rerope_attention(*inputs, window=5, slope=slope)
+        shifted = rerope_attention(*padded, window=5, slope=slope, key_padding_mask=mask)
+        torch.testing.assert_close(shifted[:, :, 50:], out, rtol=0, atol=1e-10)
+
+
+def test_no_tensor_per_pair_and_channel():
+    """Score matrices are held, but nothing of size M N D."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                self.size = max(self.size, out.numel())
+            return out
+
+    query, key, value = torch.randn(3, 1, 2, 64, 16)
+    with Largest() as largest:
+        rerope_attention(query, key, value, window=8)
+    assert largest.size == 2 * 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+        ({"window": 2.0}, TypeError, "window must be an int"),
+        ({"window": 2, "slope": -0.1}, ValueError, "slope must be in"),
+        ({"window": 2, "slope": float("inf")}, ValueError, "slope must be in"),
+        ({"window": True}, TypeError, "window must be an int"),
+    ],
+)
+def test_bad_options(options, error, match):
+    with pytest.raises(error, match=match):
+        rerope_attention(*torch.randn(3, 1, 1, 4, 4), **options)
+    with pytest.raises(error, match=match):
+        ReRoPE(**options)
+
+
+def test_device_mismatch_names_the_tensors():
+    query, key, value = torch.randn(3, 1, 1, 4, 4)
+    with pytest.raises(ValueError, match="query on cpu, key on meta, value on cpu"):
+        rerope_attention(query, key.to("meta"), value, window=2)

@@ -1,0 +1,71 @@
+"""What the family promises: rotations keep norms, compose, depend on differences, and can be undone."""
+
+import inspect
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import danlu.positions as family
+from danlu.positions import RotaryEmbedding, apply_rope, rope_frequencies
+
+FREQUENCIES = rope_frequencies(8)
+
+
+def vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def test_family_is_covered():
+    assert {name for name in family.__all__ if inspect.isfunction(getattr(family, name))} == {
+        "apply_rope",
+        "rope_frequencies",
+    }
+    assert {name for name in family.__all__ if inspect.isclass(getattr(family, name))} == {"RotaryEmbedding"}
+
+
+@given(position=st.floats(-1e5, 1e5), interleaved=st.booleans(), seed=st.integers(0, 999))
+def test_norm_is_kept_and_negative_positions_undo(position, interleaved, seed):
+    x = vectors(3, 8, seed=seed)
+    at = torch.tensor([position], dtype=torch.float64)
+    turned = apply_rope(x, at, FREQUENCIES, interleaved=interleaved)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(apply_rope(turned, -at, FREQUENCIES, interleaved=interleaved), x, rtol=1e-11, atol=1e-11)
+
+
+@given(
+    a=st.integers(-5000, 5000), b=st.integers(-5000, 5000), shift=st.integers(-5000, 5000), interleaved=st.booleans()
+)
+def test_products_depend_on_differences(a, b, shift, interleaved):
+    query, key = vectors(1, 8), vectors(1, 8, seed=1)
+
+    def score(i: int, j: int) -> Tensor:
+        turned = [
+            apply_rope(x, torch.tensor([p]), FREQUENCIES, interleaved=interleaved) for x, p in ((query, i), (key, j))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(a, b), score(a + shift, b + shift), rtol=1e-10, atol=1e-10)
+    moved = apply_rope(key, torch.tensor([b - a]), FREQUENCIES, interleaved=interleaved)
+    torch.testing.assert_close(score(a, b), (query * moved).sum(), rtol=1e-10, atol=1e-10)
+
+
+def test_interleaved_is_halves_up_to_a_permutation():
+    x, positions = vectors(2, 5, 8), torch.arange(5)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    halves = apply_rope(x[..., order], positions, FREQUENCIES)
+    torch.testing.assert_close(apply_rope(x, positions, FREQUENCIES, interleaved=True)[..., order], halves)
+
+
+def test_class_equals_function():
+    module = RotaryEmbedding(8, base=500.0, interleaved=True)
+    x = vectors(2, 3, 5, 8)
+    frequencies = rope_frequencies(8, base=500.0)
+    expected = apply_rope(x, torch.arange(5), frequencies, interleaved=True)
+    assert torch.equal(module(x), expected)
+    assert torch.equal(
+        module(x, torch.arange(5) + 7), apply_rope(x, torch.arange(5) + 7, frequencies, interleaved=True)
+    )
+    assert "dim=8, base=500.0, interleaved=True" in repr(module)
+    assert module.state_dict() == {}
