@@ -1,0 +1,203 @@
+"""What every loss of the family promises: reductions, ignored rows, accumulation, extreme logits, gradients."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import danlu.losses as family
+from danlu.losses import CrossEntropy, TaiLr, TaiLrLoss, linear_loss, linear_tailr_loss, tailr_loss
+
+CLASSES = 7
+HEAD = torch.eye(CLASSES, dtype=torch.float64)
+
+
+def through_head(function: Callable[..., Tensor], *extra) -> Callable[..., Tensor]:
+    """A linear loss as a loss of logits: the head is the identity."""
+
+    def loss(input: Tensor, target: Tensor, **options) -> Tensor:
+        return function(input, HEAD.to(input.dtype), target, *extra, chunk_size=3, **options)
+
+    return loss
+
+
+# Every public loss as a function of (logits, target); row losses through the engine.
+CASES = {
+    "tailr_loss": tailr_loss,
+    "tailr_loss_bounded": partial(tailr_loss, gamma=0.7, min_weight=0.3, label_smoothing=0.1),
+    "linear_tailr_loss": through_head(linear_tailr_loss),
+    "linear_loss": through_head(linear_loss, partial(F.cross_entropy, reduction="none")),
+    "CrossEntropy": through_head(linear_loss, CrossEntropy(label_smoothing=0.2)),
+    "TaiLr": through_head(linear_loss, TaiLr(0.3, min_weight=0.2, label_smoothing=0.1)),
+}
+losses = pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
+NOT_A_LOSS = {"tailr_unbias", "TaiLrLoss"}
+
+
+def batch(rows: int = 8, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, CLASSES, generator=generator, dtype=torch.float64)
+    return logits.to(dtype), torch.randint(CLASSES, (rows,), generator=generator)
+
+
+def test_every_public_name_is_covered():
+    assert set(family.__all__) == {name for name in family.__all__ if name in CASES} | NOT_A_LOSS
+    assert inspect.isclass(family.TaiLrLoss)
+
+
+@losses
+def test_reductions(loss):
+    logits, target = batch()
+    target[[1, 4]] = -100
+    rows = loss(logits, target, reduction="none")
+    assert rows.shape == target.shape
+    assert (rows[[1, 4]] == 0).all()
+    torch.testing.assert_close(loss(logits, target, reduction="sum"), rows.sum())
+    torch.testing.assert_close(loss(logits, target), rows.sum() / 6)
+    torch.testing.assert_close(loss(logits, target, normalizer=24), rows.sum() / 24)
+    torch.testing.assert_close(loss(logits, target, normalizer=torch.tensor(24)), rows.sum() / 24)
+    shaped = loss(logits.view(2, 4, -1), target.view(2, 4), reduction="none")
+    torch.testing.assert_close(shaped, rows.view(2, 4))
+
+
+@losses
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_rows_change_nothing_and_get_exact_zeros(loss, reduction):
+    logits, target = batch()
+    kept = torch.tensor([0, 2, 3, 6])
+    target[[1, 4, 5, 7]] = 99
+    # What an ignored row holds is nobody's business.
+    logits[1], logits[4], logits[5, 0] = float("nan"), float("-inf"), float("inf")
+    full = logits.clone().requires_grad_()
+    alone = logits[kept].clone().requires_grad_()
+    first = loss(full, target, ignore_index=99, reduction=reduction)
+    second = loss(alone, target[kept], reduction=reduction)
+    torch.testing.assert_close(first[kept] if reduction == "none" else first, second)
+    first.sum().backward()
+    second.sum().backward()
+    torch.testing.assert_close(full.grad[kept], alone.grad)
+    assert (full.grad[[1, 4, 5, 7]] == 0).all()
+
+
+@losses
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_ignored_and_no_rows(loss, reduction):
+    logits, target = batch()
+    logits.requires_grad_()
+    out = loss(logits, torch.full_like(target, -100), reduction=reduction)
+    assert (out == 0).all()
+    out.sum().backward()
+    assert (logits.grad == 0).all()
+    empty = loss(logits[:0], target[:0], reduction=reduction)
+    assert empty.sum() == 0
+    empty.sum().backward()
+
+
+@losses
+def test_accumulation_equals_one_batch(loss):
+    logits, target = batch(12)
+    target[[0, 7]] = -100
+    whole = logits.clone().requires_grad_()
+    loss(whole, target).backward()
+    parts = logits.clone().requires_grad_()
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        loss(parts[rows], target[rows], normalizer=10).backward()
+    torch.testing.assert_close(parts.grad, whole.grad)
+
+
+@losses
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_finite_at_extreme_logits(loss, dtype):
+    logits = torch.tensor([[1e4, -1e4, 0, 0, 0, 0, 0]] * 2, dtype=dtype, requires_grad=True)
+    out = loss(logits, torch.tensor([0, 1]))
+    out.backward()
+    assert out.isfinite()
+    assert logits.grad.isfinite().all()
+
+
+@losses
+def test_gradcheck(loss):
+    logits, target = batch(5)
+    logits.requires_grad_()
+    target[2] = -100
+    for reduction in ("mean", "none"):
+        assert torch.autograd.gradcheck(lambda z, r=reduction: loss(z, target, reduction=r), logits)
+
+
+def test_masked_logits():
+    """A logit of -inf is as good as absent; the linear losses have the same test with a bias of -inf."""
+    logits, target = batch(1)
+    target[0] = 2
+    expected = tailr_loss(torch.cat((logits[:, :4], logits[:, 5:]), 1), target)
+    logits[0, 4] = float("-inf")
+    logits.requires_grad_()
+    value = tailr_loss(logits, target)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0, 4] == 0
+    assert tailr_loss(torch.full((1, 4), float("-inf")), torch.tensor([0])).isnan()
+
+
+@losses
+def test_nan_stays_in_its_row(loss):
+    logits, target = batch()
+    logits[3, 1] = float("nan")
+    logits.requires_grad_()
+    rows = loss(logits, target, reduction="none")
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert rows[3].isnan()
+    assert rows[others].isfinite().all()
+    rows.sum().backward()
+    assert logits.grad[others].isfinite().all()
+
+
+@losses
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_logits_are_computed_in_float32(loss, dtype):
+    logits, target = batch(dtype=dtype)
+    out = loss(logits, target)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), loss(logits.double(), target), rtol=1e-5, atol=1e-6)
+    logits.requires_grad_()
+    loss(logits, target).backward()
+    assert logits.grad.dtype == dtype
+
+
+@losses
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"target": torch.zeros(8, dtype=torch.int32)}, TypeError, "target must be int64"),
+        ({"target": torch.zeros(7, dtype=torch.int64)}, ValueError, r"got input \(8, 7\) and target \(7,\)"),
+        ({"target": torch.full((8,), 7)}, ValueError, r"target must be in \[0, 7\) or ignore_index=-100, got 7"),
+        ({"target": torch.full((8,), -1)}, ValueError, "got -1"),
+        ({"target": [0] * 8}, TypeError, r"target must be a torch\.Tensor"),
+        ({"input": torch.zeros(8, 7).long()}, TypeError, "input must be a floating-point tensor"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
+        ({"normalizer": 0.0}, ValueError, "normalizer must be in"),
+        ({"normalizer": torch.ones(2)}, ValueError, "normalizer must be a number or a 0-d tensor"),
+        ({"normalizer": 3.0, "reduction": "sum"}, ValueError, "normalizer replaces the denominator"),
+        ({"ignore": 3}, TypeError, "ignore"),
+    ],
+)
+def test_bad_input(loss, change, error, match):
+    logits, target = batch()
+    with pytest.raises(error, match=match):
+        loss(**{"input": logits, "target": target, **change})
+
+
+def test_module_equals_function():
+    module: nn.Module = TaiLrLoss(0.3, min_weight=0.2, label_smoothing=0.1, ignore_index=3, reduction="sum")
+    logits, target = batch()
+    options = {"gamma": 0.3, "min_weight": 0.2, "label_smoothing": 0.1, "ignore_index": 3, "reduction": "sum"}
+    assert torch.equal(module(logits, target), tailr_loss(logits, target, **options))
+    assert "gamma=0.3, min_weight=0.2, label_smoothing=0.1, ignore_index=3, reduction='sum'" in repr(module)
+    assert module.state_dict() == {}
+    module.gamma = 0.9
+    assert torch.equal(module(logits, target), tailr_loss(logits, target, **{**options, "gamma": 0.9}))
+    assert torch.equal(TaiLrLoss()(logits, target, normalizer=5), tailr_loss(logits, target, normalizer=5))

@@ -1,0 +1,326 @@
+"""The linear head with a loss: equal to the unfused computation, in any chunks, and never holding the logits."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from danlu.losses import CrossEntropy, TaiLr, linear_loss, linear_tailr_loss, tailr_loss
+from danlu.losses._linear import _default_chunk
+
+ROWS, FEATURES, CLASSES = 65, 6, 11
+
+# A loss for the engine, and the same loss of logits.
+LOSSES = {
+    "cross_entropy": (CrossEntropy(), F.cross_entropy),
+    "smoothed": (CrossEntropy(0.2), partial(F.cross_entropy, label_smoothing=0.2)),
+    "tailr": (TaiLr(0.3), partial(tailr_loss, gamma=0.3)),
+    "tailr_bounded": (
+        TaiLr(0.7, min_weight=0.4, label_smoothing=0.1),
+        partial(tailr_loss, gamma=0.7, min_weight=0.4, label_smoothing=0.1),
+    ),
+    "tailr_tensor": (TaiLr(torch.tensor(0.4, dtype=torch.float64)), partial(tailr_loss, gamma=0.4)),
+    "callable": (partial(tailr_loss, gamma=0.2, reduction="none"), partial(tailr_loss, gamma=0.2)),
+}
+
+
+def problem(
+    rows: int = ROWS, *, bias: bool = True, ignored: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[list[Tensor | None], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    target = torch.randint(CLASSES, (rows,), generator=generator)
+    if ignored:
+        target[::5] = -100
+    return [draw(rows, FEATURES), draw(CLASSES, FEATURES), draw(CLASSES) if bias else None], target
+
+
+def gradients(value: Tensor, inputs: list[Tensor | None], cotangent: Tensor | None = None) -> list[Tensor]:
+    return list(torch.autograd.grad(value, [x for x in inputs if x is not None], cotangent))
+
+
+def unfused(loss, inputs, target, **options) -> Tensor:
+    return loss(F.linear(*inputs), target, **options)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, ROWS, 1000, None])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_the_unfused_loss(name, chunk_size, bias, reduction):
+    row_loss, plain = LOSSES[name]
+    inputs, target = problem(bias=bias)
+    options = {"reduction": reduction}
+    fused = linear_loss(*inputs[:2], target, row_loss, linear_bias=inputs[2], chunk_size=chunk_size, **options)
+    expected = unfused(plain, inputs, target, **options)
+    torch.testing.assert_close(fused, expected, rtol=1e-12, atol=1e-12)
+    # Random upstream weights per row: a known weak spot of fused losses.
+    cotangent = torch.randn_like(expected)
+    for mine, theirs in zip(gradients(fused, inputs, cotangent), gradients(expected, inputs, cotangent), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_all_rows_ignored(reduction, bias):
+    inputs, target = problem(bias=bias)
+    value = linear_tailr_loss(
+        *inputs[:2], torch.full_like(target, -100), linear_bias=inputs[2], reduction=reduction, chunk_size=7
+    )
+    assert (value == 0).all()
+    assert all((grad == 0).all() for grad in gradients(value.sum(), inputs))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_cross_entropy_equals_torch(label_smoothing):
+    inputs, target = problem()
+    mine = linear_loss(*inputs[:2], target, CrossEntropy(label_smoothing), linear_bias=inputs[2], chunk_size=8)
+    torch.testing.assert_close(mine, F.cross_entropy(F.linear(*inputs), target, label_smoothing=label_smoothing))
+    if hasattr(F, "linear_cross_entropy"):
+        theirs = F.linear_cross_entropy(
+            *inputs[:2], target, linear_bias=inputs[2], label_smoothing=label_smoothing, ignore_index=-100
+        )
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [(True, False), (False, True), (True, True)])
+def test_frozen_parts_get_no_gradient(frozen):
+    (hidden, weight, bias), target = problem()
+    reference = gradients(linear_tailr_loss(hidden, weight, target, linear_bias=bias), [hidden, weight, bias])
+    hidden.requires_grad_(not frozen[0])
+    weight.requires_grad_(not frozen[1])
+    value = linear_tailr_loss(hidden, weight, target, linear_bias=bias)
+    value.backward()
+    for tensor, expected, is_frozen in zip((hidden, weight), reference, frozen, strict=False):
+        assert tensor.grad is None if is_frozen else torch.equal(tensor.grad, expected)
+    torch.testing.assert_close(bias.grad, reference[2])
+
+
+def test_no_gradient_work_without_gradients():
+    inputs, target = problem()
+    expected = linear_tailr_loss(*inputs[:2], target)
+    with torch.no_grad():
+        value = linear_tailr_loss(*inputs[:2], target)
+    assert not value.requires_grad
+    assert torch.equal(value, expected)
+    with torch.no_grad(), _Counter() as counter:
+        linear_tailr_loss(*inputs[:2], target, chunk_size=16)
+    assert counter.products == 5
+
+
+def test_tied_weight_gets_both_gradients():
+    (_, weight, _), target = problem(bias=False)
+    tokens = torch.randint(CLASSES, (ROWS,))
+    linear_tailr_loss(F.embedding(tokens, weight), weight, target, chunk_size=16).backward()
+    mine, weight.grad = weight.grad, None
+    tailr_loss(F.linear(F.embedding(tokens, weight), weight), target).backward()
+    torch.testing.assert_close(mine, weight.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_through_a_retained_graph(reduction):
+    (hidden, weight, bias), target = problem()
+    value = linear_tailr_loss(hidden, weight, target, linear_bias=bias, reduction=reduction, chunk_size=16).sum()
+    value.backward(retain_graph=True)
+    first = [x.grad.clone() for x in (hidden, weight, bias)]
+    (3 * value).backward()
+    for tensor, once in zip((hidden, weight, bias), first, strict=True):
+        torch.testing.assert_close(tensor.grad, 4 * once)
+
+
+def test_upstream_factor_and_shapes():
+    (hidden, weight, bias), target = problem(60)
+    flat = linear_tailr_loss(hidden, weight, target, linear_bias=bias)
+    shaped = linear_tailr_loss(hidden.view(3, 4, 5, -1), weight, target.view(3, 4, 5), linear_bias=bias)
+    assert torch.equal(flat, shaped)
+    (65536 * flat).backward()
+    expected = gradients(unfused(tailr_loss, [hidden, weight, bias], target), [hidden, weight, bias])
+    for tensor, grad in zip((hidden, weight, bias), expected, strict=True):
+        torch.testing.assert_close(tensor.grad, 65536 * grad)
+    strided = hidden.detach().t().contiguous().t()
+    torch.testing.assert_close(linear_tailr_loss(strided, weight, target, linear_bias=bias), flat)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(0.1), TaiLr(0.3, min_weight=0.2), LOSSES["callable"][0]])
+def test_gradcheck_and_refused_second_derivative(loss):
+    inputs, target = problem(5)
+
+    def fused(hidden, weight, bias, reduction="mean"):
+        return linear_loss(hidden, weight, target, loss, linear_bias=bias, chunk_size=2, reduction=reduction)
+
+    assert torch.autograd.gradcheck(fused, inputs)
+    assert torch.autograd.gradcheck(partial(fused, reduction="none"), inputs)
+    (grad,) = torch.autograd.grad(fused(*inputs), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), inputs[1])
+    # Also in company: a penalty on the gradient must not pass for a constant.
+    value = fused(*inputs)
+    (grad,) = torch.autograd.grad(value, inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (value + grad.square().sum()).backward()
+
+
+def test_function_transforms_are_refused_clearly():
+    (hidden, weight, _), target = problem()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda h: linear_tailr_loss(h, weight, target))(hidden.detach())
+
+
+def test_accumulation_with_a_common_denominator():
+    inputs, target = problem(64)
+    kept = int((target != -100).sum())
+    whole = gradients(linear_tailr_loss(*inputs[:2], target), inputs[:2])
+    total = [torch.zeros_like(x) for x in inputs[:2]]
+    for start in range(0, 64, 16):
+        rows = slice(start, start + 16)
+        value = linear_tailr_loss(inputs[0][rows], inputs[1], target[rows], normalizer=torch.tensor(kept))
+        for into, grad in zip(total, gradients(value, inputs[:2]), strict=True):
+            into += grad
+    for mine, theirs in zip(total, whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_masked_classes_and_nan_rows():
+    (hidden, weight, bias), target = problem(ignored=False)
+    bias = bias.detach().clone()
+    bias[3] = float("-inf")
+    target[target == 3] = 4
+    rest = torch.arange(CLASSES) != 3
+    renumbered = target - (target > 3).long()
+    value = linear_tailr_loss(hidden, weight, target, linear_bias=bias, chunk_size=16)
+    expected = tailr_loss(F.linear(hidden, weight[rest], bias[rest]), renumbered)
+    torch.testing.assert_close(value, expected)
+    d_hidden, d_weight = gradients(value, [hidden, weight])
+    assert d_hidden.isfinite().all()
+    assert (d_weight[3] == 0).all()
+    broken = hidden.detach().clone()
+    broken[7, 0] = float("nan")
+    broken.requires_grad_()
+    rows = linear_tailr_loss(broken, weight, target, reduction="none", chunk_size=16)
+    others = torch.arange(ROWS) != 7
+    assert rows[7].isnan()
+    assert rows[others].isfinite().all()
+    (d_hidden,) = gradients(rows[others].sum(), [broken])
+    assert d_hidden[others].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_half_inputs(dtype, bias):
+    """As accurate as float32 logits, and no worse for more chunks."""
+    inputs, target = problem(64, dtype=dtype, bias=bias)
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+    expected = unfused(tailr_loss, exact, target)
+    reference = gradients(expected, exact)
+    errors = []
+    for chunk_size in (64, 1):
+        value = linear_tailr_loss(*inputs[:2], target, linear_bias=inputs[2], chunk_size=chunk_size)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+        found = gradients(value, inputs)
+        assert all(grad.dtype == dtype for grad in found)
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, reference, strict=True)])
+    dense = [None if x is None else x.detach().float().requires_grad_() for x in inputs]
+    plain = gradients(unfused(tailr_loss, dense, target), dense)
+    for one, many, grad, exact_grad in zip(*errors, plain, reference, strict=True):
+        rounded = float((grad.to(dtype).double() - exact_grad).norm() / exact_grad.norm())
+        assert one <= 1.2 * rounded
+        assert many <= 1.02 * one
+
+
+def test_autocast_keeps_dtypes():
+    inputs, target = problem(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = linear_tailr_loss(inputs[0].bfloat16(), inputs[1], target)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert inputs[0].grad.dtype == inputs[1].grad.dtype == torch.float32
+
+
+class _Counter(TorchDispatchMode):
+    """Counts matrix products and remembers the largest tensor that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [CrossEntropy(), LOSSES["callable"][0]], ids=["row_loss", "callable"])
+def test_logits_of_all_rows_are_never_held(loss, reduction):
+    hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
+    with _Counter() as counter:
+        value = linear_loss(hidden, weight, torch.randint(100, (64,)), loss, chunk_size=8, reduction=reduction)
+        value.sum().backward()
+    assert counter.largest <= 8 * 100
+    assert counter.largest < 64 * 100 / 4
+    # Three products per chunk; "none" makes the logits again in the backward.
+    assert counter.products == 8 * (3 if reduction == "mean" else 4)
+
+
+def test_gradient_checkpointing():
+    inputs, target = problem()
+    expected = gradients(linear_tailr_loss(*inputs[:2], target), inputs[:2])
+    value = torch.utils.checkpoint.checkpoint(linear_tailr_loss, *inputs[:2], target, use_reentrant=False)
+    for mine, theirs in zip(gradients(value, inputs[:2]), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_compile_breaks_the_graph_and_stays_right():
+    inputs, target = problem()
+    compiled = torch.compile(lambda h, w, y: 2 * linear_tailr_loss(h, w, y, chunk_size=16), backend="aot_eager")
+    value = compiled(*inputs[:2], target)
+    expected = 2 * linear_tailr_loss(*inputs[:2], target)
+    torch.testing.assert_close(value, expected)
+    for mine, theirs in zip(gradients(value, inputs[:2]), gradients(expected, inputs[:2]), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_default_chunk_size():
+    assert _default_chunk(2048, 512, 32000) == 256
+    assert _default_chunk(16384, 4096, 128256) == 2048
+    assert _default_chunk(10, 512, 32000) == 10
+    assert _default_chunk(100_000, 64, 100) == 65536
+    assert _default_chunk(0, 8, 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"linear_weight": torch.zeros(11, 5)}, ValueError, r"linear_weight must have shape \(V, 6\)"),
+        ({"linear_weight": torch.zeros(11)}, ValueError, r"got \(11,\)"),
+        ({"linear_weight": torch.zeros(11, 6).double()}, TypeError, "one dtype outside autocast"),
+        ({"linear_weight": torch.zeros(11, 6, device="meta")}, ValueError, "linear_weight on meta"),
+        ({"linear_bias": torch.zeros(10)}, ValueError, r"linear_bias must have shape \(11,\)"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
+        ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int"),
+        ({"loss": "tailr"}, TypeError, "loss must be a row loss or a callable"),
+        ({"loss": F.cross_entropy}, ValueError, r"one value per row, shape \(8,\), got \(\)"),
+        ({"loss": lambda z, y: 1.0}, ValueError, "got float"),
+        ({"target": torch.full((8,), 11)}, ValueError, r"in \[0, 11\)"),
+    ],
+)
+def test_bad_input(change, error, match):
+    arguments = {
+        "input": torch.zeros(8, 6),
+        "linear_weight": torch.zeros(11, 6),
+        "target": torch.zeros(8, dtype=torch.int64),
+        "loss": CrossEntropy(),
+        **change,
+    }
+    with pytest.raises(error, match=match):
+        linear_loss(**arguments)
