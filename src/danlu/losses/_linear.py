@@ -252,9 +252,7 @@ class _LinearLoss(torch.autograd.Function):
         return (values * row_weights).sum() if summed else values
 
     @staticmethod
-    def backward(  # pyrefly: ignore[bad-override]
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = grad_outputs
         grads, ctx.grads = ctx.grads, None
         hidden, weight, bias, target, keep, row_weights = ctx.saved_tensors
@@ -280,7 +278,7 @@ class _NoSecondDerivative(torch.autograd.Function):
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError("linear_loss has no second derivative; take the loss of F.linear(input, linear_weight)")
 
 

@@ -1,0 +1,60 @@
+"""What the optimizers do about NaN and infinite gradients: detecting, naming and counting them."""
+
+import cmath
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Nonfinite", "event_counts", "finite_flags", "is_finite", "parameter_name", "raise_if_nonfinite"]
+
+Nonfinite = Literal["skip", "shrink", "raise", "off"]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every element of a tensor on the CPU is finite.
+
+    A finite sum proves it at the speed of one read; only a sum that is not finite, which may be an overflow of finite
+    elements, needs the exact answer.
+    """
+    total = tensor.sum().item()
+    if cmath.isfinite(total):
+        return True
+    if tensor.is_complex():
+        return bool(torch.isfinite(tensor).all())
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def finite_flags(tensors: Sequence[Tensor]) -> Tensor:
+    """One bool per tensor, on their device: no element is NaN or infinite. No tensor may be empty."""
+    return torch.stack(torch._foreach_norm(list(tensors), ord=math.inf)).isfinite()
+
+
+def raise_if_nonfinite(named_grads: Mapping[str, Tensor]) -> None:
+    """Raise `RuntimeError` that lists the parameters whose gradients are not finite (one wait for the device)."""
+    flags = [torch.isfinite(grad).all() for grad in named_grads.values()]
+    bad = [name for name, flag in zip(named_grads, flags, strict=True) if not flag]
+    if bad:
+        shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise RuntimeError(
+            f"the gradient holds NaN or Inf, nothing was changed (nonfinite='raise'); parameters: {shown}"
+        )
+
+
+def parameter_name(param_groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
+    """The qualified name of a parameter, or its place when the optimizer was given no names."""
+    names = param_groups[group].get("param_names")
+    return names[index] if names else f"param_groups[{group}]['params'][{index}]"
+
+
+def event_counts(param_groups: Sequence[Mapping[str, Any]], counts: Mapping[Tensor, Tensor]) -> dict[str, int]:
+    """How many gradients were not finite, by parameter name; parameters without such an event are left out."""
+    events: dict[str, int] = {}
+    for g, group in enumerate(param_groups):
+        for i, param in enumerate(group["params"]):
+            if param in counts and (count := int(counts[param].item())):
+                events[parameter_name(param_groups, g, i)] = count
+    return events

@@ -1,0 +1,50 @@
+"""Checks of the hyperparameters and gradients that all optimizers share."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from danlu._common.checks import check_choice, check_real
+
+__all__ = ["as_float", "check_beta", "check_gradients", "check_lr", "check_shared_options"]
+
+
+def check_lr(lr: float | Tensor) -> None:
+    """Raise unless `lr` is a non-negative number or a tensor with one element (whose value is not read)."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
+    else:
+        check_real("lr", lr, low=0.0)
+
+
+def check_beta(name: str, beta: object) -> None:
+    """Raise unless `beta` is a number in [0, 1)."""
+    check_real(name, beta, low=0.0, high=1.0, high_open=True)
+
+
+def check_shared_options(group: Mapping[str, Any], nonfinite: Sequence[str]) -> None:
+    """Check the options of a parameter group that every optimizer has."""
+    check_lr(group["lr"])
+    check_real("weight_decay", group["weight_decay"], low=0.0)
+    check_choice("nonfinite", group["nonfinite"], nonfinite)
+    for name in ("foreach", "maximize"):
+        if not (isinstance(group[name], bool) or (name == "foreach" and group[name] is None)):
+            raise TypeError(f"{name} must be a bool{' or None' * (name == 'foreach')}, got {group[name]!r}")
+
+
+def check_gradients(name: str, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `RuntimeError` if any gradient is sparse, before anything is changed."""
+    for group in param_groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError(
+                    f"{name} does not support sparse gradients, got one for a parameter of shape {tuple(param.shape)}; "
+                    "use sparse=False in the embedding"
+                )
+
+
+def as_float(lr: float | Tensor) -> float:
+    """The learning rate as a number; a tensor on an accelerator is waited for, once per group."""
+    return float(lr.item()) if isinstance(lr, Tensor) else float(lr)

@@ -1,0 +1,327 @@
+"""What every optimizer promises, as a `torch.optim.Optimizer` and as a citizen of a training loop."""
+
+import copy
+import inspect
+import io
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import danlu.optim as family
+from danlu.optim import Lion, Tiger, parameter_groups
+
+CLASSES = {name: getattr(family, name) for name in family.__all__ if inspect.isclass(getattr(family, name))}
+optimizers = pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES.keys())
+SHAPES = {
+    "scalar": torch.randn(()),
+    "empty": torch.randn(0),
+    "one": torch.randn(1),
+    "seven": torch.randn(7),
+    "odd": torch.randn(1023),
+    "large": torch.randn(4096),
+    "matrix": torch.randn(33, 65),
+    "transposed": torch.randn(65, 33).t(),
+    "channels_last": torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
+    "gaps": torch.randn(6, 10)[:, ::2],
+}
+
+
+def make(cls, params, **options):
+    """An optimizer on bare parameters; Tiger's warning about guessed kinds is tested elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cls(params, **options)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def train(net, optimizer, steps, start=0, scale=1.0):
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(11, (9,), generator=generator)
+        optimizer.zero_grad()
+        (net(tokens).square().mean() * scale).backward()
+        optimizer.step()
+
+
+def values(net) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def same(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_family_is_covered():
+    assert set(CLASSES) == {"Lion", "Tiger"}
+    functions = {name for name in family.__all__ if inspect.isfunction(getattr(family, name))}
+    assert functions == {"lion", "tiger", "parameter_groups", "piecewise_linear"}
+
+
+@optimizers
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}])
+def test_foreach_equals_the_loop(cls, shape, dtype, options):
+    start = SHAPES[shape].to(dtype)
+    found = {}
+    for foreach in (True, False):
+        p = nn.Parameter(start.clone(memory_format=torch.preserve_format))
+        optimizer = make(cls, [p], lr=0.01, foreach=foreach, **options)
+        for step in range(5):
+            p.grad = torch.randn(p.shape, dtype=dtype, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        found[foreach] = (p.detach(), *(state["exp_avg"] for state in optimizer.state.values()))
+    for fast, slow in zip(found[True], found[False], strict=True):
+        # Two units in the last place of the update's arithmetic.
+        rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (3e-7, 1e-8)
+        torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
+
+
+@optimizers
+@pytest.mark.parametrize("foreach", [True, False])
+def test_state_dict_round_trip_is_exact_and_not_aliased(cls, foreach):
+    first = model()
+    optimizer = make(cls, parameter_groups(first), lr=0.01, foreach=foreach)
+    train(first, optimizer, 5)
+    buffer = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    second = model()
+    second.load_state_dict(saved["model"])
+    resumed = make(cls, parameter_groups(second), lr=0.5, foreach=foreach)
+    resumed.load_state_dict(saved["optimizer"])
+    held = [state["exp_avg"] for state in resumed.state.values()]
+    kept = [state["exp_avg"] for state in saved["optimizer"]["state"].values()]
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(held, kept, strict=True))
+    train(first, optimizer, 5, start=5)
+    train(second, resumed, 5, start=5)
+    assert same(values(first), values(second))
+    assert resumed.param_groups[0]["lr"] == 0.01
+
+
+@optimizers
+def test_missing_gradients_are_skipped(cls):
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = make(cls, [a, b], lr=0.1, weight_decay=0.5)
+    a.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(b, torch.ones(3))
+    assert b not in optimizer.state
+    assert not torch.equal(a, torch.ones(3))
+
+
+@optimizers
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_gradients_are_not_modified(cls, maximize, foreach):
+    net = model()
+    optimizer = make(cls, parameter_groups(net), lr=0.1, weight_decay=0.1, maximize=maximize, foreach=foreach)
+    for bad in (False, True):
+        net(torch.arange(5)).sum().backward()
+        if bad:
+            net[1].weight.grad[0, 0] = math.nan
+        before = [p.grad.clone() for p in net.parameters()]
+        optimizer.step()
+        assert all(
+            torch.equal(p.grad, b) or p.grad.isnan().any() for p, b in zip(net.parameters(), before, strict=True)
+        )
+        assert all(
+            torch.equal(p.grad.nan_to_num(), b.nan_to_num()) for p, b in zip(net.parameters(), before, strict=True)
+        )
+
+
+@optimizers
+def test_closure_groups_scheduler_and_lr_tensor(cls):
+    net = model()
+    optimizer = make(cls, parameter_groups(net), lr=1.0)
+    extra = nn.Parameter(torch.ones(2))
+    group = {"params": [("extra", extra)], "lr": 0.0}
+    optimizer.add_param_group(group | {"kind": "vector"} if cls is Tiger else group)
+    assert group == {"params": [("extra", extra)], "lr": 0.0}
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = net(torch.arange(5)).square().mean() + extra.sum()
+        loss.backward()
+        return loss
+
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    loss = optimizer.step(closure)
+    scheduler.step()
+    assert calls == [True]
+    assert loss.item() > 0
+    assert torch.equal(extra, torch.ones(2))
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5, 0.0}
+    first, second = model(), model()
+    train(first, make(cls, parameter_groups(first), lr=0.05), 3)
+    train(second, make(cls, parameter_groups(second), lr=torch.tensor(0.05, dtype=torch.float64)), 3)
+    assert same(values(first), values(second))
+
+
+@optimizers
+def test_copies_go_on_alike(cls):
+    net = model()
+    optimizer = make(cls, parameter_groups(net), lr=0.02)
+    train(net, optimizer, 3)
+    twin = copy.deepcopy((net, optimizer))
+    pickled = pickle.loads(pickle.dumps((net, optimizer)))
+    train(net, optimizer, 3, start=3)
+    for other_net, other_optimizer in (twin, pickled):
+        train(other_net, other_optimizer, 3, start=3)
+        assert same(values(net), values(other_net))
+
+
+@optimizers
+def test_grad_scaler_changes_nothing(cls):
+    first, second = model(), model()
+    train(first, make(cls, parameter_groups(first), lr=0.01), 6)
+    optimizer = make(cls, parameter_groups(second), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    for step in range(6):
+        tokens = torch.randint(11, (9,), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        scaler.scale(second(tokens).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert same(values(first), values(second))
+
+
+@optimizers
+def test_low_precision_parameters_are_computed_in_float32(cls):
+    for dtype in (torch.bfloat16, torch.float16):
+        for foreach in (True, False):
+            p = nn.Parameter(torch.linspace(-1, 1, 64).to(dtype))
+            exact = nn.Parameter(p.detach().float())
+            for param in (p, exact):
+                param.grad = torch.linspace(1, -2, 64).to(dtype).to(param.dtype)
+            make(cls, [p], lr=0.1, weight_decay=0.1, foreach=foreach).step()
+            make(cls, [exact], lr=0.1, weight_decay=0.1, foreach=False).step()
+            assert p.dtype == dtype
+            torch.testing.assert_close(p.detach(), exact.detach().to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+POSITIONS = {"one": (0, 0), "all": slice(None)}
+
+
+@optimizers
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("when", [0, 15, 29])
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("foreach", [True, False])
+def test_one_bad_gradient_does_no_lasting_harm(cls, bad, when, where, foreach):
+    net = model()
+    optimizer = make(cls, parameter_groups(net), lr=0.003, foreach=foreach)
+    weight = net[1].weight
+    for step in range(30):
+        tokens = torch.randint(11, (9,), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        net(tokens).square().mean().backward()
+        if step == when:
+            weight.grad[POSITIONS[where]] = bad
+        optimizer.step()
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert all(state["exp_avg"].isfinite().all() for state in optimizer.state.values())
+    assert optimizer.nonfinite_events == {"1.weight": 1}
+    # The coordinate moves on.
+    before = weight.detach().clone()
+    train(net, optimizer, 1, start=40)
+    assert (weight[0, 0] != before[0, 0]).item()
+    clean = model()
+    train(clean, make(cls, parameter_groups(clean), lr=0.003, foreach=foreach), 31)
+    distance = max((a - b).abs().max().item() for a, b in zip(values(net), values(clean), strict=True))
+    assert distance < 0.06
+
+
+@optimizers
+@pytest.mark.parametrize("foreach", [True, False])
+def test_skip_raise_and_off(cls, foreach):
+    def stepped(mode):
+        net = model()
+        optimizer = make(cls, parameter_groups(net), lr=0.1, nonfinite=mode, foreach=foreach)
+        train(net, optimizer, 2)
+        before = values(net), [state["exp_avg"].clone() for state in optimizer.state.values()]
+        net.zero_grad()
+        net(torch.arange(5)).sum().backward()
+        net[1].bias.grad[1] = math.inf
+        return net, optimizer, before
+
+    net, optimizer, (params, momenta) = stepped("skip")
+    optimizer.step()
+    names = [name for name, _ in net.named_parameters()]
+    changed = [not torch.equal(a, b) for a, b in zip(values(net), params, strict=True)]
+    assert changed == [name != "1.bias" for name in names]
+    index = names.index("1.bias")
+    assert any(torch.equal(m, state["exp_avg"]) for m in momenta for state in optimizer.state.values())
+    assert torch.equal(list(net.parameters())[index], params[index])
+
+    net, optimizer, (params, _) = stepped("raise")
+    with pytest.raises(RuntimeError, match=r"nothing was changed.*parameters: 1\.bias"):
+        optimizer.step()
+    assert same(values(net), params)
+
+    net, optimizer, _ = stepped("off")
+    optimizer.step()
+    assert optimizer.nonfinite_events == {}
+
+
+@optimizers
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"lr": -1.0}, ValueError, r"lr must be in \[0, inf\), got -1.0"),
+        ({"lr": "fast"}, TypeError, "lr must be a real number"),
+        ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a tensor with one element"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be in"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of"),
+        ({"foreach": "yes"}, TypeError, "foreach must be a bool or None"),
+        ({"maximize": 1}, TypeError, "maximize must be a bool"),
+        ({"weigth_decay": 0.1}, TypeError, "weigth_decay"),
+    ],
+)
+def test_bad_options(cls, options, error, match):
+    with pytest.raises(error, match=match):
+        make(cls, [nn.Parameter(torch.ones(2))], **options)
+    if "weigth_decay" not in options:
+        optimizer = make(cls, [nn.Parameter(torch.ones(2))])
+        with pytest.raises(error, match=match):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **options})
+
+
+@optimizers
+def test_legal_extremes_and_sparse(cls):
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    make(cls, [p], lr=0).step()
+    assert torch.equal(p, torch.ones(3))
+    embedding = nn.Embedding(5, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        make(cls, embedding.parameters()).step()
+
+
+@optimizers
+def test_unnamed_groups_of_a_trainer(cls):
+    """Two groups without names and kinds, as transformers.Trainer makes them."""
+    net = model()
+    decay = [p for p in net.parameters() if p.ndim > 1]
+    rest = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    if cls is Tiger:
+        with pytest.warns(UserWarning, match="parameter_groups"):
+            optimizer = cls(groups, lr=0.01)
+    else:
+        optimizer = cls(groups, lr=0.01)
+    train(net, optimizer, 2)
+    assert list(optimizer.state) == [*decay, *rest]
+    assert isinstance(optimizer, Lion | Tiger)
