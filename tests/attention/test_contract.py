@@ -122,6 +122,23 @@ def test_padding(function, is_causal, mask, dtype):
 
 @functions
 @causality
+def test_masks_combine(function, is_causal):
+    """Blocks of a packed batch equal separate sequences, whatever else is hidden."""
+    query, key, value = tensors()
+    block = torch.zeros(9, 9, dtype=torch.bool)
+    block[:4, :4] = block[4:, 4:] = True
+    out = function(query, key, value, is_causal=is_causal, attn_mask=block)
+    for rows in (slice(0, 4), slice(4, 9)):
+        alone = function(*(x[:, :, rows] for x in (query, key, value)), is_causal=is_causal)
+        torch.testing.assert_close(out[:, :, rows], alone, rtol=1e-12, atol=1e-12)
+    padding = MASKS["left"]
+    both = function(query, key, value, is_causal=is_causal, attn_mask=block, key_padding_mask=padding)
+    assert (both[1, :, :4] == 0).all()
+    torch.testing.assert_close(both[:, :, 4:], out[:, :, 4:], rtol=1e-12, atol=1e-12)
+
+
+@functions
+@causality
 def test_gradients(function, is_causal):
     inputs = [x.requires_grad_() for x in tensors(batch=1, heads=2, key_heads=1, queries=4, keys=5, dim=4, value_dim=2)]
     mask = torch.tensor([[False, True, True, True, True]])
@@ -174,6 +191,12 @@ def test_options_reach_the_scores(function, interleaved):
         ({"value": torch.zeros(2, 2, 9, 5).long()}, TypeError, "value must be a floating-point tensor"),
         ({"key_padding_mask": torch.ones(2, 9)}, TypeError, "key_padding_mask must be a bool tensor"),
         ({"key_padding_mask": torch.ones(2, 8).bool()}, ValueError, r"must have shape \(B, N\) = \(2, 9\)"),
+        ({"attn_mask": torch.ones(9, 9)}, TypeError, "attn_mask must be a bool tensor"),
+        (
+            {"attn_mask": torch.ones(3, 1, 9, 9).bool()},
+            ValueError,
+            r"must broadcast to \(B, H, M, N\) = \(2, 4, 9, 9\)",
+        ),
         ({"inv_freq": torch.ones(4)}, ValueError, "R at most 6"),
         ({"scale": "big"}, TypeError, "scale must be a real number"),
         ({"window_size": 3}, TypeError, "window_size"),

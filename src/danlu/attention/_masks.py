@@ -8,6 +8,7 @@ from danlu._common.checks import check_floating, check_real, check_same_device
 __all__ = [
     "attend",
     "check_attention",
+    "check_attn_mask",
     "check_key_padding_mask",
     "grouped_matmul",
     "visible_keys",
@@ -50,12 +51,30 @@ def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
     check_same_device(key=key, key_padding_mask=mask)
 
 
-def visible_keys(distance: Tensor, is_causal: bool, key_padding_mask: Tensor | None) -> Tensor | None:
+def check_attn_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
+    """Raise unless `mask` is None or a boolean tensor that broadcasts to (B, H, M, N)."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"attn_mask must be a bool tensor with True = visible, got {kind}")
+    wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    given = tuple(mask.shape)
+    if len(given) > 4 or any(a not in (1, b) for a, b in zip(given[::-1], wanted[::-1], strict=False)):
+        raise ValueError(f"attn_mask must broadcast to (B, H, M, N) = {wanted}, got {given}")
+    check_same_device(query=query, attn_mask=mask)
+
+
+def visible_keys(
+    distance: Tensor, is_causal: bool, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> Tensor | None:
     """Visibility broadcastable to (B, H, M, N), from signed distances (query slot minus key slot); None means all.
 
     A query whose own slot is padding sees nothing.
     """
     visible = (distance >= 0)[None, None] if is_causal else None
+    if attn_mask is not None:
+        visible = attn_mask if visible is None else visible & attn_mask
     if key_padding_mask is None:
         return visible
     own = key_padding_mask[:, key_padding_mask.shape[1] - distance.shape[0] :]

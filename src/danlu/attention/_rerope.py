@@ -13,6 +13,7 @@ from danlu._common.checks import check_floating, check_integer, check_real, chec
 from danlu.attention._masks import (
     attend,
     check_attention,
+    check_attn_mask,
     check_key_padding_mask,
     grouped_matmul,
     visible_keys,
@@ -32,6 +33,7 @@ def rope_attention(
     scale: float | None = None,
     is_causal: bool = True,
     key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
     r"""Softmax attention with rotary positions, from queries and keys that are *not* rotated yet.
@@ -51,6 +53,7 @@ def rope_attention(
         is_causal: a query sees the keys of its own and earlier slots; else all keys.
         key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. A query whose own slot is hidden
             is padding, too, and sees nothing.
+        attn_mask: bool, broadcastable to `(B, H, M, N)`, True = visible, on top of the other rules; None means all are.
         interleaved: rotate neighboring channels instead of halves.
 
     Returns:
@@ -77,13 +80,13 @@ def rope_attention(
         >>> rope_attention(x, x, x)[0, 0, 0]
         tensor([1., 0., 0., 0.])
     """
-    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask)
+    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask, attn_mask)
     dtype = query.dtype
     query, key, value = _prepared(query, key, value, key_padding_mask)
     slots, distance = _slots(query, key)
     rotated = _rotate(query, slots[key.shape[2] - query.shape[2] :], frequencies, interleaved, scale)
     scores = grouped_matmul(rotated, apply_rope(key, slots, frequencies, interleaved=interleaved).transpose(-2, -1))
-    return attend(scores, value, visible_keys(distance, is_causal, key_padding_mask)).to(dtype)
+    return attend(scores, value, visible_keys(distance, is_causal, key_padding_mask, attn_mask)).to(dtype)
 
 
 def rerope_attention(
@@ -97,6 +100,7 @@ def rerope_attention(
     scale: float | None = None,
     is_causal: bool = True,
     key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
     r"""Rotary attention whose relative positions stop growing at a window: a RoPE model then reads longer text.
@@ -121,6 +125,7 @@ def rerope_attention(
         is_causal: a query sees the keys of its own and earlier slots; else all keys, with $g(-t) = -g(t)$.
         key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. A query whose own slot is hidden
             is padding, too, and sees nothing.
+        attn_mask: bool, broadcastable to `(B, H, M, N)`, True = visible, on top of the other rules; None means all are.
         interleaved: rotate neighboring channels instead of halves.
 
     Returns:
@@ -153,7 +158,7 @@ def rerope_attention(
     """
     check_integer("window", window, low=1)
     check_real("slope", slope, low=0.0)
-    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask)
+    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask, attn_mask)
     count = key.shape[2]
     if window >= count:
         return rope_attention(
@@ -164,6 +169,7 @@ def rerope_attention(
             scale=scale,
             is_causal=is_causal,
             key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
             interleaved=interleaved,
         )
     dtype = query.dtype
@@ -184,7 +190,7 @@ def rerope_attention(
     if not is_causal:
         right = scores((query_slots + window).to(torch.float64) * slope - window, leaky_keys)
         out = torch.where(distance <= -window, right, out)
-    return attend(out, value, visible_keys(distance, is_causal, key_padding_mask)).to(dtype)
+    return attend(out, value, visible_keys(distance, is_causal, key_padding_mask, attn_mask)).to(dtype)
 
 
 def _check(
@@ -194,10 +200,12 @@ def _check(
     inv_freq: Tensor | None,
     scale: float | None,
     key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
 ) -> Tensor:
     """Check the arguments that both functions share and return the frequencies."""
     check_attention(query, key, value, scale)
     check_key_padding_mask(key_padding_mask, key)
+    check_attn_mask(attn_mask, query, key)
     if inv_freq is None:
         if query.shape[-1] % 2 or query.shape[-1] == 0:
             raise ValueError(f"head_dim must be even and positive without inv_freq, got query {tuple(query.shape)}")

@@ -1,0 +1,1 @@
+"""Other frameworks; each module here imports its framework, and nothing else in danlu does."""

@@ -1,0 +1,1 @@
+"""Tasks: data, model and training loop, one file per task."""

@@ -1,0 +1,138 @@
+"""The rules of the house as tests: placement, names, docstrings, light imports, wheel contents."""
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "danlu"
+FAMILIES = sorted(
+    path.name
+    for path in SOURCE.iterdir()
+    if (path / "__init__.py").exists() and path.name not in ("_common", "kernels", "lab", "integrations")
+)
+
+# Files of a family that are not methods, with the reason why they have no trial of their own.
+NO_TRIAL = {
+    "attention/masks": "visibility rules shared by the attention functions",
+    "losses/linear": "an engine; its losses have trials",
+    "optim/param_groups": "groups for the optimizers",
+    "optim/schedules": "schedules for the optimizers",
+    "optim/step": "what the optimizers share",
+    "positions/rotary": "the baseline of the trials of its relatives",
+    "simplex/softmax": "the baseline of the trials of its relatives",
+}
+# Private files whose tests are those of the public functions that use them.
+NO_TEST = {"attention/masks", "optim/step"}
+
+PUBLIC = [(family, name) for family in FAMILIES for name in importlib.import_module(f"danlu.{family}").__all__]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_is_sorted_and_resolves(family):
+    module = importlib.import_module(f"danlu.{family}")
+    assert module.__all__ == sorted(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name).__module__.startswith(f"danlu.{family}")
+
+
+@pytest.mark.parametrize(("family", "name"), PUBLIC)
+def test_docstring_has_the_required_sections(family, name):
+    target = getattr(importlib.import_module(f"danlu.{family}"), name)
+    text = inspect.getdoc(target) or ""
+    required = ["Definition", "Args", "Returns", "Numerics", "Source", "Example"]
+    if inspect.isclass(target) and not any(hasattr(target, call) for call in ("forward", "step")):
+        required.remove("Returns")
+    found = re.findall(r"^(\w+):$", text, flags=re.MULTILINE)
+    assert [section for section in required if section not in found] == []
+    order = ["Definition", "Args", "Returns", "Raises", "Numerics", "Cost", "Differences", "Source", "Example"]
+    assert [section for section in order if section in found] == [section for section in found if section in order]
+
+
+def test_every_method_has_a_test_and_a_trial():
+    for family in FAMILIES:
+        for path in sorted((SOURCE / family).glob("_*.py")):
+            if path.name == "__init__.py":
+                continue
+            method = path.stem.lstrip("_")
+            key = f"{family}/{method}"
+            assert key in NO_TEST or (ROOT / "tests" / family / f"test_{method}.py").exists(), key
+            assert key in NO_TRIAL or (SOURCE / "lab" / "trials" / family / f"{method}.py").exists(), key
+    for key in NO_TRIAL:
+        family, method = key.split("/")
+        assert (SOURCE / family / f"_{method}.py").exists(), f"{key} is an exception for nothing"
+
+
+def test_every_family_has_a_contract_test():
+    for family in FAMILIES:
+        assert (ROOT / "tests" / family / "test_contract.py").exists(), family
+
+
+def test_no_family_reaches_into_the_private_file_of_another():
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("danlu."):
+                names = node.module.split(".")[1:]
+                private = len(names) > 1 and names[1].startswith("_") and names[0] != "_common"
+                assert not private or names[0] == parts[0], f"{path} imports {node.module}"
+                assert node.level == 0
+
+
+def test_no_module_uses_pickle_or_unsafe_loads():
+    for path in SOURCE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "pickle" not in re.sub(r'""".*?"""|#.*', "", text, flags=re.DOTALL), path
+        assert "allow_pickle=True" not in text, path
+        assert "weights_only=False" not in text, path
+
+
+def test_imports_are_light():
+    heavy = ["transformers", "triton", "sklearn", "matplotlib", "scipy", "vl_convert", "rich", "typer", "danlu.lab"]
+    code = (
+        "import json, sys\n"
+        + "\n".join(f"import danlu.{family}" for family in FAMILIES)
+        + "\nimport torch\n"
+        + f"print(json.dumps([[m for m in {heavy!r} if m in sys.modules], torch.cuda.is_initialized()]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[], False]
+
+
+def test_every_module_imports():
+    import danlu
+
+    names = [module.name for module in pkgutil.walk_packages(danlu.__path__, "danlu.")]
+    assert len(names) > 30
+    for name in names:
+        importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"the build backend could not be installed: {done.stderr.strip().splitlines()[-1:]}")
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert all(name.startswith(("danlu/", "danlu-")) for name in names)
+    for needed in ("danlu/py.typed", "danlu/lab/data.txt", "danlu/lab/templates/trial.html.j2"):
+        assert needed in names
+    metadata = next(name for name in names if name.endswith("METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    core = [line for line in text.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert core == ["Requires-Dist: torch>=2.11"]
