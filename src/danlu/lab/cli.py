@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from danlu.lab.errors import LabError, TrialError
+from danlu.lab.errors import LabError, MissingExtraError, TrialError
 from danlu.lab.executors.local import LocalExecutor
 from danlu.lab.outcome import Outcome
 from danlu.lab.progress import LiveProgress, PlainProgress
@@ -154,7 +154,10 @@ def report(
         ]
         if not outcomes:
             raise TrialError("there is no stored run to report; start with: danlu run NAME")
-        typer.echo(str(_write_report(opened, output or opened.folder / "report", outcomes)))
+        written = _write_report(opened, output or opened.folder / "report", outcomes)
+    if written is None:
+        raise typer.Exit(1)
+    typer.echo(str(written))
 
 
 @app.command()
@@ -203,8 +206,9 @@ def _write_report(store: Store, folder: Path, outcomes: list[Outcome]) -> Path |
     others = [last_outcome(name, store) for name in _stored(store) if name not in fresh]
     try:
         return write_report([*outcomes, *(one for one in others if one is not None)], folder)
-    except ModuleNotFoundError as error:
-        Console(stderr=True).print(f"no report: {error.name} is missing; install it with: pip install 'danlu\\[lab]'")
+    except MissingExtraError as error:
+        # The runs are stored, and the report can be made later or elsewhere.
+        sys.stderr.write(f"danlu: no report: {error}\n")
         return None
 
 

@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 from danlu.lab import charts
 from danlu.lab.charts import DARK, LIGHT, PAGE, Spec
 from danlu.lab.checkpoint import write_atomically
-from danlu.lab.errors import LabError
+from danlu.lab.errors import MissingExtraError
 from danlu.lab.outcome import ArmOutcome, Outcome, TuningPoint
 from danlu.lab.stats import CONFIDENCE, Difference, Part, holm
 from danlu.lab.trial import Scalar
@@ -81,7 +81,7 @@ def write_report(outcomes: Sequence[Outcome], folder: Path) -> Path:
     Raises:
         ValueError: two outcomes would be written to one file.
         StoreError: the folder cannot be written.
-        LabError: a package of the extra `danlu[lab]` is missing.
+        MissingExtraError: a package of the extra `danlu[lab]` is missing.
     """
     names: dict[str, str] = {}
     for outcome in outcomes:
@@ -114,7 +114,7 @@ def write_figure(outcome: Outcome, path: Path) -> Path:
     Raises:
         ValueError: another ending, or no finite score to draw.
         StoreError: the file cannot be written.
-        LabError: `vl_convert` is missing.
+        MissingExtraError: `vl_convert` is missing.
     """
     if path.suffix not in (".svg", ".png"):
         raise ValueError(f"path must end in .svg or .png, got {path.name!r}")
@@ -150,7 +150,7 @@ def _module(name: str) -> "ModuleType":
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise LabError(f"the report needs {name}; install it with: pip install 'danlu[lab]'") from error
+        raise MissingExtraError(f"the report needs {name}; install it with: pip install 'danlu[lab]'") from error
 
 
 @cache
