@@ -21,7 +21,7 @@ lint: $(VENV)/.lint
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.docs
-	$(BIN)/python docs/build.py
+	PYTHONPATH=docs $(BIN)/python -m zensical build --strict --clean
 
 bench: $(VENV)/.test
 	for file in benchmarks/*/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done

@@ -25,14 +25,17 @@ FAMILIES = sorted(
 NO_TRIAL = {
     "attention/masks": "visibility rules shared by the attention functions",
     "losses/linear": "an engine; its losses have trials",
+    "losses/targets": "checks shared by the losses",
+    "optim/nonfinite": "what the optimizers share",
+    "optim/options": "what the optimizers share",
     "optim/param_groups": "groups for the optimizers",
     "optim/schedules": "schedules for the optimizers",
-    "optim/step": "what the optimizers share",
+    "optim/traversal": "what the optimizers share",
     "positions/rotary": "the baseline of the trials of its relatives",
     "simplex/softmax": "the baseline of the trials of its relatives",
 }
 # Private files whose tests are those of the public functions that use them.
-NO_TEST = {"attention/masks", "optim/step"}
+NO_TEST = {"attention/masks", "losses/targets", "optim/nonfinite", "optim/options", "optim/traversal"}
 
 PUBLIC = [(family, name) for family in FAMILIES for name in importlib.import_module(f"danlu.{family}").__all__]
 

@@ -113,8 +113,8 @@ def linear_tailr_loss(
     r"""TaiLr of a linear head, without ever holding the logits of all rows.
 
     Definition:
-        $$\texttt{tailr\_loss}(h W^\top + b,\; y)$$
-        computed in chunks of rows by [`linear_loss`][danlu.losses.linear_loss].
+        $$L_\gamma(h W^\top + b,\; y)$$
+        of [`tailr_loss`][danlu.losses.tailr_loss], computed in chunks of rows by [`linear_loss`][danlu.losses.linear_loss].
 
     Args:
         input: hidden states $h$, shape `(..., D)`, floating.

@@ -38,11 +38,11 @@ class Tiger(Optimizer):
         equals averaging the $k$ gradients and taking one step. The scale $s$ goes by the kind of the tensor:
 
         - `vector` and `norm_scale`: `vector_scale`, without decay;
-        - `embedding`: $\max(\mathrm{RMS}, \texttt{rms\_floor})$ of each row;
-        - `matrix`: $\max(\mathrm{RMS}, \texttt{rms\_floor})$ of the whole tensor.
+        - `embedding`: $\max(\mathrm{RMS}, r_{\min})$ of each row;
+        - `matrix`: $\max(\mathrm{RMS}, r_{\min})$ of the whole tensor.
 
         With $\theta$ = a parameter, $g$ = its gradient, $m$ = the state `exp_avg`, $\eta$ = `lr`, $\beta$ = `beta`,
-        $\lambda$ = `weight_decay`. A gradient that is not finite: see `nonfinite`.
+        $\lambda$ = `weight_decay`, $r_{\min}$ = `rms_floor`. A gradient that is not finite: see `nonfinite`.
 
     Args:
         params: a model, whose parameters are grouped by [`parameter_groups`][danlu.optim.parameter_groups]; or groups
@@ -311,8 +311,8 @@ def tiger(
     r"""One micro-step of [`Tiger`][danlu.optim.Tiger] on lists of tensors, in place.
 
     Definition:
-        $m \leftarrow b_1 m + (1-\beta)\,\texttt{share}\,g$ with $b_1 = 1$ where `folded`, else $\beta$; then, if
-        `update`, $\theta \leftarrow \theta - \eta s [\operatorname{sign}(m) + \lambda\theta]$.
+        $m \leftarrow b_1 m + (1-\beta)\,c\,g$ with $c$ = `share` and $b_1 = 1$ where `folded`, else
+        $\beta$; then, if `update`, $\theta \leftarrow \theta - \eta s [\operatorname{sign}(m) + \lambda\theta]$.
 
     Args:
         params: $\theta$, each of its own shape `(...)`; changed in place.
