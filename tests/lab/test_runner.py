@@ -190,7 +190,7 @@ def test_killed_at_ten_random_moments(tmp_path):
     text = (FOLDER / "tiny_trial.py").read_text().replace("slow: float = 0.0", "slow: float = 0.004")
     slow.write_text(text)
     command = [sys.executable, "-m", "danlu", "run", str(slow), "--size", "demo", "--workers", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DANLU_TEST_MARK": str(tmp_path)}
 
     with Store(tmp_path / "undisturbed") as store:
         run_trial(str(slow), size="demo", store=store)
@@ -216,7 +216,7 @@ def test_killed_at_ten_random_moments(tmp_path):
             kills += 1
             fits.append(len(list(disturbed.glob("fits/*.safetensors"))))
     time.sleep(1.5)  # orphaned workers notice within half a second
-    assert _workers_of(slow) == []
+    assert _processes_with(f"DANLU_TEST_MARK={tmp_path}") == []
     if kills < 10:
         pytest.fail(f"the run finished after {kills} kills; make it slower")
     done = subprocess.run(
@@ -227,16 +227,15 @@ def test_killed_at_ten_random_moments(tmp_path):
     assert stored_rows(disturbed) == stored_rows(tmp_path / "undisturbed")
 
 
-def _workers_of(marker: Path) -> list[str]:
+def _processes_with(variable: str) -> list[str]:
+    """Command lines of the processes that inherited an environment variable of this test."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            command = (path.parent / "cmdline").read_bytes().decode().replace("\0", " ")
-            orphan = "PPid:\t1\n" in (path.parent / "status").read_text()
+            if variable.encode() in path.read_bytes():
+                found.append((path.parent / "cmdline").read_bytes().decode().replace("\0", " "))
         except OSError:
             continue
-        if "spawn_main" in command and orphan:
-            found.append(command)
     return found
 
 

@@ -114,7 +114,8 @@ def linear_tailr_loss(
 
     Definition:
         $$L_\gamma(h W^\top + b,\; y)$$
-        of [`tailr_loss`][danlu.losses.tailr_loss], computed in chunks of rows by [`linear_loss`][danlu.losses.linear_loss].
+        of [`tailr_loss`][danlu.losses.tailr_loss], computed in chunks of rows by
+        [`linear_loss`][danlu.losses.linear_loss].
 
     Args:
         input: hidden states $h$, shape `(..., D)`, floating.
