@@ -70,8 +70,8 @@ def test_untrained_byte_model_knows_nothing_and_modes_agree_within_the_training_
     ]
     assert 7.5 < found["rope"]["bits_per_byte"] < 9.0
     for mode in ("rerope", "window"):
-        assert found[mode]["bits_per_byte@1x"] == pytest.approx(found["rope"]["bits_per_byte@1x"], abs=1e-6)
-        assert found[mode]["bits_per_byte@4x"] != pytest.approx(found["rope"]["bits_per_byte@4x"], abs=1e-7)
+        assert found[mode]["bits_per_byte@1x"] == pytest.approx(found["rope"]["bits_per_byte@1x"], abs=1e-5)
+        assert found[mode]["bits_per_byte@4x"] != pytest.approx(found["rope"]["bits_per_byte@4x"], abs=1e-4)
     assert found["rope"]["optimizer_bytes_per_parameter"] == 8.0
 
 
