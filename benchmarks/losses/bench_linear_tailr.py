@@ -2,10 +2,12 @@
 
 N = 2048 rows, D = 512, V = 32000, float32, one thread, forward and backward. Every peak is measured in a fresh process,
 above the inputs; times are interleaved in one process. The floor of the time is the three matrix products alone.
+A sweep over chunk sizes shows what the default chunk size trades.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -17,6 +19,7 @@ from _measure import PeakMemory, in_fresh_process, interleave, run_tests, save, 
 from danlu.losses import linear_tailr_loss, tailr_loss
 
 ROWS, FEATURES, CLASSES, CHUNK, ROUNDS = 2048, 512, 32_000, 256, 7
+SWEEP, SWEEP_ROUNDS = (32, 64, 128, 256, 512, 1024), 5
 
 
 def problem(dtype: torch.dtype = torch.float32, rows: int = ROWS, classes: int = CLASSES):
@@ -26,8 +29,8 @@ def problem(dtype: torch.dtype = torch.float32, rows: int = ROWS, classes: int =
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(classes, (rows,), generator=generator)
 
 
-def fused(hidden, weight, target):
-    linear_tailr_loss(hidden, weight, target, chunk_size=CHUNK).backward()
+def fused(hidden, weight, target, chunk_size=CHUNK):
+    linear_tailr_loss(hidden, weight, target, chunk_size=chunk_size).backward()
 
 
 def unfused(hidden, weight, target):
@@ -63,6 +66,7 @@ CANDIDATES = {
 }
 if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
     CANDIDATES["torch linear_cross_entropy"] = torch_chunked
+CHUNKED = {f"chunk {size}": partial(fused, chunk_size=size) for size in SWEEP}
 
 
 def peak(name: str) -> None:
@@ -72,7 +76,7 @@ def peak(name: str) -> None:
     small = problem(rows=8, classes=64)
     (F.linear(small[0], small[1])).sum().backward()
     with PeakMemory() as memory:
-        CANDIDATES[name](*inputs)
+        (CANDIDATES | CHUNKED)[name](*inputs)
     print(json.dumps({"extra": memory.extra}))
 
 
@@ -105,24 +109,38 @@ def main() -> None:
     print(f"{flops / 1e9:.0f} GFLOP; at least {floor_bytes / 2**20:.0f} MiB beside the inputs (chunk, both gradients)")
     inputs = problem()
 
-    def run(candidate):
-        inputs[0].grad = inputs[1].grad = None
-        candidate(*inputs)
+    def measure(candidates, reference: str, rounds: int) -> dict[str, dict[str, float]]:
+        def run(candidate):
+            inputs[0].grad = inputs[1].grad = None
+            candidate(*inputs)
 
-    times = interleave({n: lambda c=c: run(c) for n, c in CANDIDATES.items()}, rounds=ROUNDS, warmup=1)
-    rows = summary(times, "unfused tailr_loss")
-    for name, row in rows.items():
-        row["peak_extra_MiB"] = in_fresh_process(__file__, name)["extra"] / 2**20
-    base = rows["unfused tailr_loss"]["peak_extra_MiB"]
-    for row in rows.values():
-        row["peak_ratio"] = row["peak_extra_MiB"] / base
+        rows = summary(
+            interleave({n: partial(run, c) for n, c in candidates.items()}, rounds=rounds, warmup=1), reference
+        )
+        for name, row in rows.items():
+            row["peak_extra_MiB"] = in_fresh_process(__file__, name)["extra"] / 2**20
+        base = rows[reference]["peak_extra_MiB"]
+        for row in rows.values():
+            row["peak_ratio"] = row["peak_extra_MiB"] / base
+        return rows
+
+    rows = measure(CANDIDATES, "unfused tailr_loss", ROUNDS)
     show(f"N = {ROWS}, D = {FEATURES}, V = {CLASSES}, chunk {CHUNK}, {ROUNDS} rounds", rows)
+    sweep = measure(CHUNKED, f"chunk {CHUNK}", SWEEP_ROUNDS)
+    show(f"danlu linear_tailr_loss by chunk size, {SWEEP_ROUNDS} rounds", sweep)
     errors = exactness()
     print("relative differences from the unfused float64 computation:", errors)
     shape = {"rows": ROWS, "features": FEATURES, "classes": CLASSES, "chunk_size": CHUNK, "rounds": ROUNDS}
     path = save(
         "linear_tailr",
-        {**shape, "flops": flops, "floor_bytes": floor_bytes, "candidates": rows, "float64_errors": errors},
+        {
+            **shape,
+            "flops": flops,
+            "floor_bytes": floor_bytes,
+            "candidates": rows,
+            "chunk_sizes": sweep,
+            "float64_errors": errors,
+        },
     )
     print(f"written to {path.relative_to(Path(__file__).parents[2])}")
 

@@ -110,6 +110,24 @@ def test_accumulation_equals_one_batch(loss):
 
 
 @losses
+def test_normalizer_as_a_tensor(loss):
+    """Any shape with one element and any dtype; 0, the count of a step without tokens, is no division by zero."""
+    logits, target = batch(dtype=torch.float32)
+    expected = loss(logits, target, normalizer=24)
+    for normalizer in (torch.tensor([24]), torch.tensor(24.0, dtype=torch.float64)):
+        value = loss(logits, target, normalizer=normalizer)
+        assert value.shape == ()
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected)
+    logits.requires_grad_()
+    value = loss(logits, torch.full_like(target, -100), normalizer=torch.tensor(0))
+    value.backward()
+    assert value == 0
+    assert (logits.grad == 0).all()
+    assert loss(logits, target, normalizer=torch.tensor(0)).isinf()
+
+
+@losses
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_finite_at_extreme_logits(loss, dtype):
     logits = torch.tensor([[1e4, -1e4, 0, 0, 0, 0, 0]] * 2, dtype=dtype, requires_grad=True)
@@ -180,7 +198,7 @@ def test_half_logits_are_computed_in_float32(loss, dtype):
         ({"input": torch.zeros(8, 7).long()}, TypeError, "input must be a floating-point tensor"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
         ({"normalizer": 0.0}, ValueError, "normalizer must be in"),
-        ({"normalizer": torch.ones(2)}, ValueError, "normalizer must be a number or a 0-d tensor"),
+        ({"normalizer": torch.ones(2)}, ValueError, "normalizer must be a number or a tensor with one element"),
         ({"normalizer": 3.0, "reduction": "sum"}, ValueError, "normalizer replaces the denominator"),
         ({"ignore": 3}, TypeError, "ignore"),
     ],

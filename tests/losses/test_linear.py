@@ -49,15 +49,26 @@ def unfused(loss, inputs, target, **options) -> Tensor:
     return loss(F.linear(*inputs), target, **options)
 
 
+def normalized_cross_entropy(plain, logits, target, *, reduction="mean", normalizer=None) -> Tensor:
+    if normalizer is None:
+        return plain(logits, target, reduction=reduction)
+    return plain(logits, target, reduction="sum") / normalizer
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, ROWS, 1000, None])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_equals_the_unfused_loss(name, chunk_size, bias, reduction):
+@pytest.mark.parametrize(
+    "options",
+    [{"reduction": "mean"}, {"reduction": "sum"}, {"reduction": "none"}, {"normalizer": 19}],
+    ids=["mean", "sum", "none", "normalizer"],
+)
+def test_equals_the_unfused_loss(name, chunk_size, bias, options):
     row_loss, plain = LOSSES[name]
     inputs, target = problem(bias=bias)
-    options = {"reduction": reduction}
     fused = linear_loss(*inputs[:2], target, row_loss, linear_bias=inputs[2], chunk_size=chunk_size, **options)
+    if plain is F.cross_entropy or getattr(plain, "func", None) is F.cross_entropy:
+        plain = partial(normalized_cross_entropy, plain)
     expected = unfused(plain, inputs, target, **options)
     torch.testing.assert_close(fused, expected, rtol=1e-12, atol=1e-12)
     # Random upstream weights per row: a known weak spot of fused losses.
@@ -166,10 +177,71 @@ def test_gradcheck_and_refused_second_derivative(loss):
         (value + grad.square().sum()).backward()
 
 
-def test_function_transforms_are_refused_clearly():
-    (hidden, weight, _), target = problem()
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda h: linear_tailr_loss(h, weight, target))(hidden.detach())
+# Forward mode makes torch compile decompositions of its own.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("loss", [TaiLr(0.3), LOSSES["callable"][0]], ids=["row_loss", "callable"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_function_transforms(loss, reduction):
+    """Reverse mode works; everything else says so."""
+    (hidden, weight, bias), target = problem(9)
+    primals = tuple(x.detach() for x in (hidden, weight, bias))
+    factors = torch.rand(9, dtype=torch.float64)
+
+    def fused(h, w, b):
+        value = linear_loss(h, w, target, loss, linear_bias=b, chunk_size=4, reduction=reduction)
+        return (value * factors).sum()
+
+    def plain(h, w, b):
+        gamma = 0.3 if isinstance(loss, TaiLr) else 0.2
+        return (tailr_loss(F.linear(h, w, b), target, gamma=gamma, reduction=reduction) * factors).sum()
+
+    expected = torch.func.grad(plain, (0, 1, 2))(*primals)
+    for mine, theirs in zip(torch.func.grad(fused, (0, 1, 2))(*primals), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.func.grad(fused, 1)(*primals), expected[1], rtol=1e-12, atol=1e-12)
+    value, pull = torch.func.vjp(fused, *primals)
+    for _ in range(2):
+        torch.testing.assert_close(pull(2 * torch.ones_like(value))[0], 2 * expected[0], rtol=1e-12, atol=1e-12)
+
+    def value_beside_a_gradient(function, w):
+        return torch.func.grad_and_value(lambda h: function(h, w, primals[2]))(primals[0])[1]
+
+    # The first backward of two nested transforms takes the prepared gradients, the other must not rely on them.
+    mine = torch.func.grad(partial(value_beside_a_gradient, fused))(primals[1])
+    torch.testing.assert_close(mine, expected[1], rtol=1e-12, atol=1e-12)
+
+    def penalty(w):
+        return torch.func.grad(fused)(primals[0], w, primals[2]).square().sum()
+
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(penalty)(primals[1])
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        penalty(weight).backward()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(fused, primals, primals)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.hessian(fused)(*primals)
+    with pytest.raises(RuntimeError, match="under vmap"):
+        torch.func.vmap(lambda h: fused(h, *primals[1:]))(primals[0][None])
+    with pytest.raises(RuntimeError, match="under vmap"):
+        torch.func.jacrev(fused)(*primals)
+
+
+def test_a_loss_with_trainable_tensors_of_its_own_is_refused():
+    """They would get no gradient."""
+    inputs, target = problem()
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def scaled(logits, classes):
+        return F.cross_entropy(logits * log_scale.exp(), classes, reduction="none")
+
+    with pytest.raises(ValueError, match=r"loss may differentiate the logits only, .* shape \(\)"):
+        linear_loss(*inputs[:2], target, scaled)
+    with pytest.raises(ValueError, match="loss may differentiate the logits only"):
+        linear_loss(*inputs[:2], target, scaled, reduction="none").sum().backward()
+    with torch.no_grad():
+        expected = linear_loss(*inputs[:2], target, CrossEntropy())
+        torch.testing.assert_close(linear_loss(*inputs[:2], target, scaled), expected)
 
 
 def test_accumulation_with_a_common_denominator():
@@ -288,6 +360,28 @@ def test_compile_breaks_the_graph_and_stays_right():
     torch.testing.assert_close(value, expected)
     for mine, theirs in zip(gradients(value, inputs[:2]), gradients(expected, inputs[:2]), strict=True):
         torch.testing.assert_close(mine, theirs)
+    whole = torch.compile(lambda h, w, y: linear_tailr_loss(h, w, y), backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        whole(*inputs[:2], target)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [LOSSES["smoothed"][0], TaiLr(0.3), LOSSES["callable"][0]])
+def test_agrees_on_the_gpu(loss, reduction, dtype):
+    inputs, target = problem(dtype=dtype)
+    moved = [x.detach().cuda().requires_grad_() for x in inputs]
+    options = {"chunk_size": 16, "reduction": reduction}
+    here = linear_loss(*inputs[:2], target, loss, linear_bias=inputs[2], **options)
+    there = linear_loss(*moved[:2], target.cuda(), loss, linear_bias=moved[2], **options)
+    # On the GPU half products round the logits to half; on the CPU they run in float32.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    cotangent = torch.randn_like(here)
+    found = [there, *gradients(there, moved, cotangent.cuda())]
+    for mine, theirs in zip(found, [here, *gradients(here, inputs, cotangent)], strict=True):
+        difference = mine.detach().cpu().double() - theirs.detach().double()
+        assert difference.norm() <= tolerance * theirs.detach().double().norm()
 
 
 def test_default_chunk_size():
@@ -309,6 +403,7 @@ def test_default_chunk_size():
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int"),
         ({"loss": "tailr"}, TypeError, "loss must be a row loss or a callable"),
+        ({"loss": CrossEntropy}, TypeError, "got the class CrossEntropy"),
         ({"loss": F.cross_entropy}, ValueError, r"one value per row, shape \(8,\), got \(\)"),
         ({"loss": lambda z, y: 1.0}, ValueError, "got float"),
         ({"target": torch.full((8,), 11)}, ValueError, r"in \[0, 11\)"),

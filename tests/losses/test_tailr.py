@@ -143,7 +143,7 @@ def test_label_smoothing():
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("min_weight", [0.0, 0.3])
+@pytest.mark.parametrize("min_weight", [0.0, 0.3, 1.0])
 def test_gamma_as_a_tensor(gamma, min_weight):
     logits, target = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randint(5, (6,))
     value = tailr_loss(logits, target, gamma=torch.tensor(gamma, dtype=torch.float64), min_weight=min_weight)
@@ -155,7 +155,7 @@ def test_gamma_as_a_tensor(gamma, min_weight):
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("min_weight", [0.0, 0.3])
+@pytest.mark.parametrize("min_weight", [0.0, 0.3, 1.0])
 def test_row_loss_agrees_with_autograd(gamma, min_weight):
     nll = torch.linspace(0.0, 30.0, 50, dtype=torch.float64, requires_grad=True)
     value, slope = TaiLr(gamma, min_weight=min_weight).value_and_derivative(nll)
@@ -204,7 +204,31 @@ def test_unbiased_probabilities_sum_to_one(gamma, seed, dim):
     assert (out >= 0).all()
 
 
-def test_compile_and_vmap():
+def test_weights_below_the_smallest_number_of_the_dtype():
+    """At gamma = 1e-50 and a probability of e^-110 both underflow in float32; their ratio does not."""
+    expected = math.exp(-110) / (1e-50 + math.exp(-110))
+    _, slope = TaiLr(1e-50).value_and_derivative(torch.tensor([110.0]))
+    assert slope.item() == pytest.approx(expected, rel=1e-4)
+    logits = torch.tensor([[0.0, 110.0]], requires_grad=True)
+    tailr_loss(logits, torch.tensor([0]), gamma=1e-50).backward()
+    assert logits.grad[0, 1].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_masked_class_with_label_smoothing_is_as_in_cross_entropy():
+    logits = torch.tensor([[0.0, 1.0, float("-inf")]])
+    value = tailr_loss(logits, torch.tensor([0]), gamma=0.0, label_smoothing=0.1)
+    assert value == F.cross_entropy(logits, torch.tensor([0]), label_smoothing=0.1) == math.inf
+
+
+def test_per_sample_gradients_with_vmap():
+    logits, target = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(5, (3, 4))
+    target[1, 2] = -100
+    found = torch.func.vmap(torch.func.grad(lambda z, y: tailr_loss(z, y, gamma=0.3)))(logits, target)
+    for sample, classes, grad in zip(logits, target, found, strict=True):
+        torch.testing.assert_close(grad, torch.func.grad(lambda z, y=classes: tailr_loss(z, y, gamma=0.3))(sample))
+
+
+def test_compile():
     logits, target = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(5, (3, 4))
     for options in ({}, {"min_weight": 0.2, "label_smoothing": 0.1}):
         compiled = torch.compile(lambda z, y, o=options: tailr_loss(z, y, **o), fullgraph=True, backend="aot_eager")

@@ -26,23 +26,17 @@ def check_normalizer(normalizer: float | Tensor | None) -> None:
     """Raise unless `normalizer` is None, a positive number or a tensor with one element."""
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+            raise ValueError(
+                f"normalizer must be a number or a tensor with one element, got shape {tuple(normalizer.shape)}"
+            )
     elif normalizer is not None:
         check_real("normalizer", normalizer, low=0.0, low_open=True)
 
 
 def row_weight(keep: Tensor, reduction: Reduction, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Weight of every row in the reduced loss: 0 where ignored, else 1 over the denominator.
-
-    The denominator of the mean is the number of kept rows, at least 1 so that a batch without any kept row
-    gives 0 and not NaN, or `normalizer` when given (gradient accumulation passes the count of the whole batch).
-    """
+    """Weight of every row in the reduced loss: 0 where ignored, else 1 over the denominator of the mean."""
     weight = keep.to(dtype)
-    if reduction != "mean":
-        return weight
-    if normalizer is None:
-        return weight / weight.sum().clamp(min=1.0)
-    return weight / normalizer
+    return weight / _denominator(keep, normalizer, dtype) if reduction == "mean" else weight
 
 
 def reduce_loss(loss: Tensor, keep: Tensor, reduction: Reduction, normalizer: float | Tensor | None) -> Tensor:
@@ -50,8 +44,18 @@ def reduce_loss(loss: Tensor, keep: Tensor, reduction: Reduction, normalizer: fl
     if reduction == "none":
         return loss
     total = loss.sum()
-    if reduction == "sum":
-        return total
+    return total / _denominator(keep, normalizer, loss.dtype) if reduction == "mean" else total
+
+
+def _denominator(keep: Tensor, normalizer: float | Tensor | None, dtype: torch.dtype) -> float | Tensor:
+    """The number of kept rows, or `normalizer` (gradient accumulation passes the count of the whole batch).
+
+    Without any kept row it is not 0, so that such a batch gives 0 and not NaN.
+    """
     if normalizer is None:
-        return total / keep.sum().clamp(min=1)
-    return total / normalizer
+        return keep.sum().clamp(min=1)
+    if not isinstance(normalizer, Tensor):
+        return normalizer
+    # A count of tokens is 0 if every micro-batch is ignored; a 0 with rows to weigh stays an infinite loss.
+    count = normalizer.detach().reshape(()).to(dtype)
+    return count + ((count == 0) & ~keep.any())

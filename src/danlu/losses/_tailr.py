@@ -67,8 +67,9 @@ def tailr_loss(
 
     Numerics:
         Half inputs are computed in float32. From $\ell$, not from $p$: at $\ell = 80$, $\gamma = 10^{-7}$ the value is
-        finite and the weight $e^{-80}/10^{-7}$. A logit of $-\infty$ is a mask; a row with nothing else gives NaN.
-        NaN stays within its row, and an ignored row gets exactly zero gradient whatever it holds.
+        finite and the weight $e^{-80}/10^{-7}$. A logit of $-\infty$ is a mask; with label smoothing it makes the loss
+        infinite, as in `F.cross_entropy`. A row of $-\infty$ alone gives NaN. NaN stays within its row, and an ignored
+        row gets exactly zero gradient whatever it holds.
 
     Differences:
         The paper computes the weight without gradient times $\ell$; this is the function with that gradient, so
@@ -245,17 +246,32 @@ def _potential_of_tensor(nll: Tensor, gamma: Tensor) -> Tensor:
     return torch.where(gamma == 0.0, nll, inner)
 
 
+def _slope(nll: Tensor, gamma: float | Tensor) -> Tensor:
+    r"""$\alpha$ from $\ell$."""
+    if isinstance(gamma, Tensor):
+        gamma = gamma.detach().to(nll).reshape(())
+        small = gamma.clamp(min=torch.finfo(nll.dtype).tiny, max=_SWITCH)
+        low = torch.sigmoid(torch.log1p(-small) - small.log() - nll) / (1 - small)
+        p = torch.exp(-nll)
+        inner = torch.where(gamma <= _SWITCH, low, p / (gamma.clamp(min=_SWITCH) + (1 - gamma) * p))
+        return torch.where(gamma == 0.0, torch.ones_like(nll), inner)
+    if gamma == 0.0:
+        return torch.ones_like(nll)
+    if gamma <= _SWITCH:
+        # In logarithms: p and gamma may both be below the smallest number of the dtype.
+        return torch.sigmoid(math.log1p(-gamma) - math.log(gamma) - nll) / (1 - gamma)
+    p = torch.exp(-nll)
+    return p / (gamma + (1 - gamma) * p)
+
+
 def _threshold(nll: Tensor, gamma: float | Tensor, min_weight: float) -> Tensor | float:
     r"""$\ell^* = -\log p^*$, beyond which the weight is `min_weight`."""
-    share = min_weight / (1 - min_weight * (1 - gamma)) if not (min_weight == 1.0 and _is_zero(gamma)) else 0.0
-    bound = gamma * share
+    if min_weight == 1.0:
+        return 0.0
+    bound = min_weight * gamma / (1 - min_weight * (1 - gamma))
     if isinstance(bound, Tensor):
         return -bound.detach().to(nll).reshape(()).log()
     return -math.log(bound) if bound > 0 else math.inf
-
-
-def _is_zero(gamma: float | Tensor) -> bool:
-    return not isinstance(gamma, Tensor) and gamma == 0.0
 
 
 def _bounded_potential(nll: Tensor, gamma: float | Tensor, min_weight: float) -> Tensor:
@@ -305,16 +321,7 @@ class TaiLr:
     def value_and_derivative(self, nll: Tensor) -> tuple[Tensor, Tensor]:
         r"""$\varphi(\ell)$ and $\varphi'(\ell)$."""
         value = _bounded_potential(nll, self.gamma, self.min_weight)
-        gamma = self.gamma
-        if isinstance(gamma, Tensor):
-            gamma = gamma.detach().to(nll).reshape(())
-        elif gamma == 0.0:
-            return value, torch.ones_like(nll)
-        # p / (gamma + (1 - gamma) p), with e^-nll so that nothing overflows.
-        p = torch.exp(-nll)
-        slope = p / (gamma + (1 - gamma) * p)
-        if isinstance(gamma, Tensor):
-            slope = torch.where(gamma == 0.0, torch.ones_like(slope), slope)
+        slope = _slope(nll, self.gamma)
         return value, slope.clamp(min=self.min_weight) if self.min_weight else slope
 
 

@@ -28,17 +28,25 @@ def check_targets(name: str, input: Tensor, target: Tensor) -> None:
 def check_range(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Return which rows are kept; on the CPU raise `ValueError` if a kept target is not a class.
 
-    On an accelerator that check would wait for the device.
+    On an accelerator that check would wait for the device; under `torch.compile` and `vmap` there are no values.
     """
     keep = target != ignore_index
     if num_classes < 1:
         raise ValueError(f"there must be at least one class, got {num_classes}")
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = keep & ((target < 0) | (target >= num_classes))
-        if bool(wrong.any()):
+        if _any(wrong):
             first = int(target[wrong][0])
             raise ValueError(f"target must be in [0, {num_classes}) or ignore_index={ignore_index}, got {first}")
     return keep
+
+
+def _any(mask: Tensor) -> bool:
+    try:
+        return bool(mask.any())
+    except RuntimeError:
+        # The only way to learn of vmap without private names; indexing itself still refuses a wrong class.
+        return False
 
 
 class _KeepRows(torch.autograd.Function):
