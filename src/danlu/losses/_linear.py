@@ -257,7 +257,7 @@ class _Prepared:
 
     def take(self, needs: tuple[bool, ...]) -> Grads | None:
         """Return the gradients once, if they are all that is needed."""
-        grads = self.grads
+        grads, self.grads = self.grads, None
         return grads if all(have or not need for have, need in zip(self.needs, needs, strict=True)) else None
 
 
