@@ -47,7 +47,7 @@ def test_oracle_over_fifty_steps(options, foreach):
         np.testing.assert_allclose(optimizer.state[param]["exp_avg"].numpy(), momentum, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("foreach", [None, True, False])
 def test_golden_values(foreach):
     p = nn.Parameter(torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64))
     optimizer = Lion([p], lr=0.1, weight_decay=0.1, foreach=foreach)
@@ -105,7 +105,7 @@ def test_equals_the_reference_package():
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("foreach", [None, True, False])
 def test_complex_parameters(foreach):
     p = nn.Parameter(torch.tensor([3 + 4j, 0j], dtype=torch.complex128))
     optimizer = Lion([p], lr=1.0, foreach=foreach)

@@ -9,8 +9,8 @@ import torch
 from oracles import TigerOracle
 from torch import nn
 
-from danlu.optim import Tiger, parameter_groups, tiger
-from danlu.optim._tiger import _multi_tensor_tiger, _single_tensor_tiger, _Step
+from danlu.optim import Rounding, Tiger, parameter_groups, tiger
+from danlu.optim._tiger_paths import TigerStep, multi_tensor, single_tensor
 
 TENSORS = {"matrix": (5, 7), "embedding": (6, 4), "vector": (3,), "norm_scale": (4,)}
 
@@ -86,7 +86,7 @@ def test_bucket_path_equals_the_loop(options):
             grads = draw()
             if nonfinite != "off":
                 grads[0][0, 0] = math.nan
-            step = _Step(
+            step = TigerStep(
                 kinds=kinds,
                 decays=[beta] * 4,
                 gain=0.1,
@@ -99,10 +99,14 @@ def test_bucket_path_equals_the_loop(options):
                 rms_floor=options.get("rms_floor", 1e-3),
                 vector_scale=options.get("vector_scale", 0.5),
                 decay_vectors=False,
+                shrink_noise=0.0,
+                sign_power=1.0,
+                normalize_power=False,
+                rounding=Rounding(),
             )
             counts = [[torch.zeros((), dtype=torch.int64) for _ in kinds] for _ in range(2)]
-            _multi_tensor_tiger(fast, grads, momenta, counts[0], step)
-            _single_tensor_tiger(slow, grads, slow_momenta, counts[1], step)
+            multi_tensor(fast, grads, momenta, counts[0], step)
+            single_tensor(slow, grads, slow_momenta, counts[1], step)
             assert counts[0] == counts[1]
             for a, b in zip(fast + momenta, slow + slow_momenta, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -127,7 +131,7 @@ def golden():
     return params, {kind: torch.tensor(values, dtype=torch.float64) for kind, values in grads.items()}
 
 
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("foreach", [None, True, False])
 def test_golden_values(foreach):
     params, grads = golden()
     optimizer = Tiger(groups_of(params), lr=1e-2, foreach=foreach)
@@ -173,7 +177,7 @@ def batch(step: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("average", [True, False])
 def test_accumulation_equals_averaging(k, foreach, average):
     inside, outside = model(), model()
@@ -218,7 +222,7 @@ def test_unequal_micro_batches_by_weight():
         tigers[0].step()
 
 
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("foreach", [None, True, False])
 def test_gradients_on_some_micro_steps_only(foreach):
     """A tensor without a gradient on some micro-steps is as one with zeros; without any it is left alone."""
     random = np.random.default_rng(0)
@@ -332,7 +336,7 @@ def test_tied_weight_is_updated_once_and_convolutions_are_matrices():
     torch.testing.assert_close(moved.amax(-1), 0.1 * rows.square().mean(-1).sqrt(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("foreach", [None, True, False])
 def test_zero_tensors_move_with_the_floor_and_never_without(foreach):
     def stepped(**options):
         p = nn.Parameter(torch.zeros(3, 4))

@@ -2,7 +2,8 @@
 
 from danlu.optim._lion import Lion, lion
 from danlu.optim._param_groups import parameter_groups
+from danlu.optim._rounding import Rounding
 from danlu.optim._schedules import piecewise_linear
 from danlu.optim._tiger import Tiger, tiger
 
-__all__ = ["Lion", "Tiger", "lion", "parameter_groups", "piecewise_linear", "tiger"]
+__all__ = ["Lion", "Rounding", "Tiger", "lion", "parameter_groups", "piecewise_linear", "tiger"]

@@ -13,14 +13,28 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_real
-from danlu.optim._nonfinite import event_counts, finite_flags, is_finite, parameter_name, raise_if_nonfinite
+from danlu.kernels.sign_update import LowPrecision, SignUpdate, dtypes_supported
+from danlu.optim._nonfinite import all_finite, event_counts, finite_flags, is_finite, parameter_name, raise_if_nonfinite
 from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
-from danlu.optim._traversal import blocks, compute_dtype, decayed_add_, pick, plan, scratch, write_back
+from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, resolve_rounding, write
+from danlu.optim._state import PreparedCalls, add_compensation, group_rounding, new_state, restore_state_tensors
+from danlu.optim._traversal import (
+    compute_dtype,
+    decayed_add_,
+    kernel_test,
+    pick,
+    plan,
+    prepare_call,
+    rounded_blocks,
+    scratch,
+    write_back,
+)
 
 __all__ = ["Lion", "lion"]
 
 LionNonfinite = Literal["skip", "raise", "off"]
 _NONFINITE = ("skip", "raise", "off")
+_DEFAULT_ROUNDING = Rounding()
 
 
 class Lion(Optimizer):
@@ -45,9 +59,15 @@ class Lion(Optimizer):
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: this tensor and its momentum stay
             as they are for this step. `"raise"`: `RuntimeError` that names the parameters; no tensor is changed.
             `"off"`: not looked for; one such element then spoils its momentum for good.
-        foreach: None or True processes many tensors at once (CPU: one after the other in cache-sized blocks;
-            accelerators: `torch._foreach_*` calls), False one after the other with plain operations. DTensors and
-            other subclasses always take the plain operations.
+        rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
+            None: stochastically for bfloat16, to nearest for float16.
+        seed: of stochastic rounding.
+        state_dtype: `torch.float32` keeps the momentum of a low-precision parameter in float32; None in its dtype.
+        foreach: True processes many tensors at once (CPU: one after the other in cache-sized blocks; accelerators:
+            `torch._foreach_*` calls), False one after the other with plain operations. DTensors and other subclasses
+            always take the plain operations.
+        fused: True takes one compiled call for all tensors (CPU: C++, compiled on first use by the machine's compiler;
+            CUDA: Triton) and raises where it cannot run; None takes it where it can, unless `foreach` is given.
         maximize: climb instead of descend; the momentum then still averages the gradients as they come.
 
     Returns:
@@ -57,16 +77,18 @@ class Lion(Optimizer):
     Raises:
         TypeError: an option is not of its type.
         ValueError: `lr` < 0, a beta outside $[0, 1)$, `weight_decay` < 0, or an unknown `nonfinite`; also in a group.
-        RuntimeError: from `step` on a sparse gradient, or on a bad gradient with `nonfinite="raise"`.
+        RuntimeError: from `step` on a sparse gradient, on a bad gradient with `nonfinite="raise"`, or where
+            `fused=True` cannot run.
 
     Numerics:
-        float16 and bfloat16 parameters are computed in float32 and rounded to nearest; the momentum has the
-        parameter's dtype. A step smaller than half the spacing of such a parameter is lost. A multiplication of all
-        gradients by a power of two changes nothing, short of overflow and underflow.
+        float16 and bfloat16 parameters are computed in float32 and rounded as `rounding` says. A multiplication of all
+        gradients by a power of two changes nothing, short of overflow and underflow. The paths agree to the rounding
+        of their arithmetic, not bit for bit.
 
     Cost:
         4 bytes of state and 20 bytes of memory traffic per float32 parameter, 24 with the look for bad gradients where
-        the gradient does not fit into the cache. Temporaries: one block (CPU) or one bucket of tensors (accelerators).
+        the gradient does not fit into the cache. Temporaries: none (fused), one block (CPU) or one bucket of tensors
+        (accelerators).
 
     Differences:
         The decay is computed as $\eta(u + \lambda\theta)$, not as a factor $1 - \eta\lambda$, which float32 would round
@@ -96,7 +118,11 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         *,
         nonfinite: LionNonfinite = "skip",
+        rounding: RoundingMode | None = None,
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
     ) -> None:
         defaults = {
@@ -104,11 +130,18 @@ class Lion(Optimizer):
             "betas": betas,
             "weight_decay": weight_decay,
             "nonfinite": nonfinite,
+            "rounding": rounding,
+            "seed": seed,
+            "state_dtype": state_dtype,
             "foreach": foreach,
+            "fused": fused,
             "maximize": maximize,
+            # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
+            "step": 0,
         }
         _check_group(defaults)
         self._nonfinite_counts: dict[Tensor, Tensor] = {}
+        self._calls = PreparedCalls()
         super().__init__(params, defaults)
 
     @classmethod
@@ -119,27 +152,17 @@ class Lion(Optimizer):
         adamw_weight_decay: float,
         ratio: float = 10.0,
         betas: tuple[float, float] = (0.9, 0.99),
-        *,
-        nonfinite: LionNonfinite = "skip",
-        foreach: bool | None = None,
-        maximize: bool = False,
+        **options: Any,
     ) -> "Lion":
         """Lion with `lr = adamw_lr / ratio` and `weight_decay = adamw_weight_decay * ratio`.
 
-        The decay per step, their product, is then that of AdamW; the paper advises a ratio of 3 to 10.
+        The decay per step, their product, is then that of AdamW; the paper advises a ratio of 3 to 10. `options` are
+        the keyword options of the class; a misspelt one is refused there.
         """
         check_real("adamw_lr", adamw_lr, low=0.0)
         check_real("adamw_weight_decay", adamw_weight_decay, low=0.0)
         check_real("ratio", ratio, low=0.0, low_open=True)
-        return cls(
-            params,
-            adamw_lr / ratio,
-            betas,
-            adamw_weight_decay * ratio,
-            nonfinite=nonfinite,
-            foreach=foreach,
-            maximize=maximize,
-        )
+        return cls(params, adamw_lr / ratio, betas, adamw_weight_decay * ratio, **options)
 
     @property
     def nonfinite_events(self) -> dict[str, int]:
@@ -156,11 +179,18 @@ class Lion(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_nonfinite_counts": self._nonfinite_counts}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._calls = PreparedCalls()
+        for group in self.param_groups:
+            # A checkpoint of an earlier version lacks the later options.
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; the optimizer owns copies of its tensors."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state["exp_avg"] = state["exp_avg"].clone()
+        restore_state_tensors(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
@@ -169,46 +199,72 @@ class Lion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients("Lion", self.param_groups)
+        grads = [[param.grad for param in group["params"]] for group in self.param_groups]
+        calls = [self._calls.find(g, group, grads[g], self.state) for g, group in enumerate(self.param_groups)]
+        if None in calls:
+            check_gradients("Lion", self.param_groups)
         raise_if_nonfinite(
             {
-                parameter_name(self.param_groups, g, i): param.grad
+                parameter_name(self.param_groups, g, i): grad
                 for g, group in enumerate(self.param_groups)
                 if group["nonfinite"] == "raise"
-                for i, param in enumerate(group["params"])
-                if param.grad is not None
+                for i, grad in enumerate(grads[g])
+                if grad is not None
             }
         )
-        for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            exp_avgs: list[Tensor] = []
-            counts: list[Tensor] = []
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                if param not in self._nonfinite_counts:
-                    self._nonfinite_counts[param] = param.new_zeros((), dtype=torch.int64)
-                params.append(param)
-                grads.append(param.grad)
-                exp_avgs.append(state["exp_avg"])
-                counts.append(self._nonfinite_counts[param])
-            lion(
-                params,
-                grads,
-                exp_avgs,
-                lr=group["lr"],
-                betas=group["betas"],
-                weight_decay=group["weight_decay"],
-                nonfinite="skip" if group["nonfinite"] == "skip" else "off",
-                nonfinite_counts=counts,
-                foreach=group["foreach"],
-                maximize=group["maximize"],
-            )
+        number = 0
+        for g, group in enumerate(self.param_groups):
+            call = calls[g]
+            if call is None:
+                self._step_group(g, group, grads[g], number)
+            else:
+                bad = _call_lion(
+                    call,
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    weight_decay=group["weight_decay"],
+                    guard=group["nonfinite"] == "skip",
+                    maximize=group["maximize"],
+                    rounding=Rounding(group["rounding"], group["seed"], group["step"]),
+                )
+                for i in bad:
+                    self._count(group["params"][i]).add_(1)
+            number += len(group["params"])
+            group["step"] += 1
         return loss
+
+    def _step_group(self, g: int, group: dict[str, Any], grads: Sequence[Tensor | None], first: int) -> None:
+        """One group, whatever its tensors are; `first` is the number of its first parameter among all."""
+        chosen = [i for i, grad in enumerate(grads) if grad is not None]
+        params = pick(chosen, group["params"])
+        states: list[dict[str, Any]] = []
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state.update(new_state(param, group))
+            add_compensation(state, param, group)
+            states.append(state)
+        numbers = [first + i for i in chosen]
+        fused = lion(
+            params,
+            [grad for grad in grads if grad is not None],
+            [state["exp_avg"] for state in states],
+            lr=group["lr"],
+            betas=group["betas"],
+            weight_decay=group["weight_decay"],
+            nonfinite="skip" if group["nonfinite"] == "skip" else "off",
+            nonfinite_counts=[self._count(param) for param in params],
+            rounding=group_rounding(group, group["step"], numbers, states),
+            foreach=group["foreach"],
+            fused=group["fused"],
+            maximize=group["maximize"],
+        )
+        self._calls.keep(g, group, fused, self.state, numbers)
+
+    def _count(self, param: Tensor) -> Tensor:
+        if param not in self._nonfinite_counts:
+            self._nonfinite_counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+        return self._nonfinite_counts[param]
 
 
 def lion(
@@ -221,9 +277,11 @@ def lion(
     weight_decay: float = 0.0,
     nonfinite: LionNonfinite = "skip",
     nonfinite_counts: Sequence[Tensor] | None = None,
+    rounding: Rounding = _DEFAULT_ROUNDING,
     foreach: bool | None = None,
+    fused: bool | None = None,
     maximize: bool = False,
-) -> None:
+) -> list[int]:
     r"""One step of [`Lion`][danlu.optim.Lion] on lists of tensors, in place.
 
     Definition:
@@ -240,11 +298,13 @@ def lion(
         nonfinite: as in the class.
         nonfinite_counts: one 0-d integer tensor per parameter, on its device, to which 1 is added when its gradient is
             not finite and `nonfinite="skip"`; None counts nothing.
+        rounding: how results are rounded into float16 and bfloat16 parameters.
         foreach: as in the class.
+        fused: as in the class.
         maximize: as in the class.
 
     Returns:
-        None; `params` and `exp_avgs` hold the result.
+        The indices of the tensors that the compiled step took; `params` and `exp_avgs` hold the result.
 
     Raises:
         ValueError: the lists differ in length, or an option is out of its range.
@@ -260,7 +320,7 @@ def lion(
         >>> import torch
         >>> from danlu.optim import lion
         >>> w, m = torch.tensor([1.0, -1.0]), torch.zeros(2)
-        >>> lion([w], [torch.tensor([0.3, 0.2])], [m], lr=0.5)
+        >>> _ = lion([w], [torch.tensor([0.3, 0.2])], [m], lr=0.5)
         >>> w
         tensor([ 0.5000, -1.5000])
     """
@@ -275,21 +335,64 @@ def lion(
         raise ValueError(f"the lists must have one length, got {lengths}")
     if nonfinite == "raise":
         raise_if_nonfinite({f"params[{i}]": grad for i, grad in enumerate(grads)})
-    rate = as_float(lr)
+    kernel = kernel_test(
+        "sign_update", params, grads, exp_avgs, fused=fused, foreach=foreach, supported=dtypes_supported
+    )
+    taken: list[int] = []
     with torch.no_grad():
-        for path, indices in plan(params, grads, foreach):
+        for path, indices in plan(params, grads, foreach, kernel):
+            lists = pick(indices, params), pick(indices, grads), pick(indices, exp_avgs)
+            counts = None if nonfinite_counts is None else pick(indices, nonfinite_counts)
+            few = rounding.pick(indices)
+            if path == "fused":
+                taken += indices
+                call = prepare_call(lists, few)
+                for i in _call_lion(
+                    call,
+                    lr=lr,
+                    betas=betas,
+                    weight_decay=weight_decay,
+                    guard=nonfinite == "skip",
+                    maximize=maximize,
+                    rounding=few,
+                ):
+                    if counts is not None:
+                        counts[i].add_(1)
+                continue
             update = {"loop": _single_tensor_lion, "blocks": _blocked_lion, "bucket": _multi_tensor_lion}[path]
+            rate = as_float(lr)
             update(
-                pick(indices, params),
-                pick(indices, grads),
-                pick(indices, exp_avgs),
-                None if nonfinite_counts is None else pick(indices, nonfinite_counts),
+                *lists,
+                counts,
+                [few.of(i, param.dtype) for i, param in enumerate(lists[0])],
                 lr=-rate if maximize else rate,
                 betas=betas,
                 # Climbing is descending with -lr, except that the decay still pulls towards 0.
                 weight_decay=-weight_decay if maximize else weight_decay,
                 guard=nonfinite == "skip",
             )
+    return taken
+
+
+def _call_lion(
+    call: SignUpdate,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+    guard: bool,
+    maximize: bool,
+    rounding: Rounding,
+) -> list[int]:
+    """The compiled step; returns the indices of the tensors whose gradients are not finite."""
+    rate = as_float(lr)
+    return call.lion(
+        lr=-rate if maximize else rate,
+        betas=betas,
+        weight_decay=-weight_decay if maximize else weight_decay,
+        guard=guard,
+        low=LowPrecision(resolve_rounding(rounding.mode, call.params[0].dtype), rounding.seed, int(rounding.step)),
+    )
 
 
 def _single_tensor_lion(
@@ -297,17 +400,18 @@ def _single_tensor_lion(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     counts: list[Tensor] | None,
+    writers: list[Writer | None],
     *,
     lr: float,
     betas: tuple[float, float],
     weight_decay: float,
     guard: bool,
 ) -> None:
-    """The definition with plain operations, without reading a value back: the oracle of the other two paths."""
+    """The definition with plain operations, without reading a value back: the oracle of the other paths."""
     for i, param in enumerate(params):
         dtype = compute_dtype(param.dtype)
-        theta, grad, exp_avg = param.to(dtype), grads[i].to(dtype), exp_avgs[i].to(dtype)
-        finite = torch.isfinite(grad).all() if guard else None
+        theta, grad, exp_avg = read(param, writers[i]), grads[i].to(dtype), exp_avgs[i].to(dtype)
+        finite = all_finite(grad) if guard else None
         if finite is not None:
             # lerp(m, m, w) is m, bit for bit.
             grad = torch.where(finite, grad, exp_avg)
@@ -318,7 +422,7 @@ def _single_tensor_lion(
             update.add_(theta, alpha=weight_decay)
         if finite is not None:
             update = torch.where(finite, update, torch.zeros_like(update))
-        write_back(param, theta.add_(update, alpha=-lr))
+        write(param, theta.add_(update, alpha=-lr), writers[i])
         write_back(exp_avgs[i], exp_avg.lerp_(grad, 1 - betas[1]))
 
 
@@ -327,6 +431,7 @@ def _blocked_lion(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     counts: list[Tensor] | None,
+    writers: list[Writer | None],
     *,
     lr: float,
     betas: tuple[float, float],
@@ -341,12 +446,14 @@ def _blocked_lion(
                 counts[i].add_(1)
             continue
         dtype = compute_dtype(param.dtype)
-        for param_block, grad_block, exp_avg_block in blocks(param, grads[i], exp_avgs[i]):
-            theta, grad, exp_avg = param_block.to(dtype), grad_block.to(dtype), exp_avg_block.to(dtype)
+        for (param_block, grad_block, exp_avg_block), writer in rounded_blocks(
+            (param, grads[i], exp_avgs[i]), writers[i]
+        ):
+            theta, grad, exp_avg = read(param_block, writer), grad_block.to(dtype), exp_avg_block.to(dtype)
             update = torch.lerp(exp_avg, grad, 1 - betas[0], out=scratch(memory, theta)).sgn_()
             write_back(exp_avg_block, exp_avg.lerp_(grad, 1 - betas[1]))
             decayed_add_(theta, update, lr, weight_decay)
-            write_back(param_block, theta)
+            write(param_block, theta, writer)
 
 
 def _multi_tensor_lion(
@@ -354,6 +461,7 @@ def _multi_tensor_lion(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     counts: list[Tensor] | None,
+    writers: list[Writer | None],
     *,
     lr: float,
     betas: tuple[float, float],
@@ -362,7 +470,8 @@ def _multi_tensor_lion(
 ) -> None:
     """On accelerators: one bucket of tensors of one dtype; which gradients are finite stays on the device."""
     dtype = compute_dtype(params[0].dtype)
-    thetas, gradients, momenta = ([tensor.to(dtype) for tensor in tensors] for tensors in (params, grads, exp_avgs))
+    thetas = [read(param, writer) for param, writer in zip(params, writers, strict=True)]
+    gradients, momenta = ([tensor.to(dtype) for tensor in tensors] for tensors in (grads, exp_avgs))
     finite = finite_flags(gradients) if guard else None
     if finite is not None:
         gradients = [torch.where(f, g, m) for f, g, m in zip(finite, gradients, momenta, strict=True)]
@@ -376,8 +485,9 @@ def _multi_tensor_lion(
         torch._foreach_mul_(updates, list(finite.to(dtype).unbind()))
     torch._foreach_add_(thetas, updates, alpha=-lr)
     torch._foreach_lerp_(momenta, gradients, 1 - betas[1])
-    if dtype != params[0].dtype:
-        torch._foreach_copy_(params, thetas)
+    for param, theta, writer in zip(params, thetas, writers, strict=True):
+        write(param, theta, writer)
+    if momenta[0] is not exp_avgs[0]:
         torch._foreach_copy_(exp_avgs, momenta)
 
 

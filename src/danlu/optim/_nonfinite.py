@@ -8,7 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Nonfinite", "event_counts", "finite_flags", "is_finite", "parameter_name", "raise_if_nonfinite"]
+__all__ = [
+    "Nonfinite",
+    "all_finite",
+    "event_counts",
+    "finite_flags",
+    "is_finite",
+    "parameter_name",
+    "raise_if_nonfinite",
+]
 
 Nonfinite = Literal["skip", "shrink", "raise", "off"]
 
@@ -33,9 +41,15 @@ def finite_flags(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors), ord=math.inf)).isfinite()
 
 
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether every element is finite, as a 0-d tensor on its device; for a DTensor, over all its shards."""
+    finite = torch.isfinite(tensor).all()
+    return finite.full_tensor() if hasattr(finite, "full_tensor") else finite
+
+
 def raise_if_nonfinite(named_grads: Mapping[str, Tensor]) -> None:
     """Raise `RuntimeError` that lists the parameters whose gradients are not finite (one wait for the device)."""
-    flags = [torch.isfinite(grad).all() for grad in named_grads.values()]
+    flags = [all_finite(grad) for grad in named_grads.values()]
     bad = [name for name, flag in zip(named_grads, flags, strict=True) if not flag]
     if bad:
         shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")

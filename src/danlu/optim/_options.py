@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from danlu._common.checks import check_choice, check_real
+from danlu._common.checks import check_choice, check_integer, check_real
+from danlu.optim._rounding import check_rounding
 
 __all__ = ["as_float", "check_beta", "check_gradients", "check_lr", "check_shared_options"]
 
@@ -29,9 +31,16 @@ def check_shared_options(group: Mapping[str, Any], nonfinite: Sequence[str]) -> 
     check_lr(group["lr"])
     check_real("weight_decay", group["weight_decay"], low=0.0)
     check_choice("nonfinite", group["nonfinite"], nonfinite)
-    for name in ("foreach", "maximize"):
-        if not (isinstance(group[name], bool) or (name == "foreach" and group[name] is None)):
-            raise TypeError(f"{name} must be a bool{' or None' * (name == 'foreach')}, got {group[name]!r}")
+    for name in ("foreach", "fused", "maximize"):
+        optional = name != "maximize"
+        if name in group and not (isinstance(group[name], bool) or (optional and group[name] is None)):
+            raise TypeError(f"{name} must be a bool{' or None' * optional}, got {group[name]!r}")
+    if group.get("foreach") and group.get("fused"):
+        raise ValueError("foreach and fused cannot both be True")
+    check_rounding(group.get("rounding"))
+    check_integer("seed", group.get("seed", 0), low=0)
+    if group.get("state_dtype") not in (None, torch.float32):
+        raise ValueError(f"state_dtype must be None or torch.float32, got {group['state_dtype']!r}")
 
 
 def check_gradients(name: str, param_groups: Sequence[Mapping[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from danlu._common.checks import check_integer, check_real
 
-__all__ = ["piecewise_linear"]
+__all__ = ["PiecewiseLinear", "piecewise_linear", "schedule_points"]
 
 
 class PiecewiseLinear:
@@ -65,6 +65,11 @@ def piecewise_linear(
         >>> [scheduler.lr_lambdas[0](t) for t in (0, 20, 40, 100, 400, 9999)]
         [0.0, 0.5, 1.0, 0.75, 0.3, 0.1]
     """
+    return LambdaLR(optimizer, PiecewiseLinear(schedule_points(points, from_zero=from_zero)), last_epoch=last_epoch)
+
+
+def schedule_points(points: Mapping[int, float], *, from_zero: bool) -> tuple[tuple[int, float], ...]:
+    """The points of a schedule in order; raise as `piecewise_linear` does unless they are valid."""
     if not points:
         raise ValueError("points must have at least one step, got none")
     for step, factor in points.items():
@@ -73,4 +78,4 @@ def piecewise_linear(
     ordered = sorted((step, float(factor)) for step, factor in points.items())
     if from_zero and ordered[0][0] != 0:
         ordered.insert(0, (0, 0.0))
-    return LambdaLR(optimizer, PiecewiseLinear(tuple(ordered)), last_epoch=last_epoch)
+    return tuple(ordered)

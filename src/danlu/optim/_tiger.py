@@ -7,7 +7,8 @@ Shape letters: `...` any shape, the same for a parameter, its gradient and its m
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,15 +16,30 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_integer, check_real
-from danlu.optim._nonfinite import event_counts, finite_flags, is_finite, parameter_name, raise_if_nonfinite
+from danlu.kernels.sign_update import dtypes_supported
+from danlu.optim._in_backward import BackwardHooks, data_parallel_model, refuse_local_gradients
+from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
 from danlu.optim._param_groups import DECAYED, KINDS, Kind, kind_by_shape, parameter_groups
-from danlu.optim._traversal import blocks, compute_dtype, decayed_add_, pick, plan, scratch, write_back
+from danlu.optim._rounding import Rounding, RoundingMode
+from danlu.optim._schedules import PiecewiseLinear, schedule_points
+from danlu.optim._state import PreparedCalls, add_compensation, group_rounding, new_state, restore_state_tensors
+from danlu.optim._tiger_paths import (
+    TigerStep,
+    blocked,
+    columns,
+    compiled,
+    multi_tensor,
+    root_mean_square,
+    single_tensor,
+)
+from danlu.optim._traversal import kernel_test, pick, plan, prepare_call
 
 __all__ = ["Tiger", "tiger"]
 
 TigerNonfinite = Literal["shrink", "skip", "raise", "off"]
 _NONFINITE = ("shrink", "skip", "raise", "off")
+_DEFAULT_ROUNDING = Rounding()
 
 
 class Tiger(Optimizer):
@@ -62,12 +78,34 @@ class Tiger(Optimizer):
             rescues a run that meets bad gradients in half precision; it is no cure for a too large `lr`. `"skip"`: the
             tensor and its momentum stay as they are for this micro-step. `"raise"`: `RuntimeError` that names the
             parameters; no tensor is changed. `"off"`: not looked for.
+        shrink_noise: standard deviation of Gaussian noise that is added to a tensor when it shrinks, as a fraction of
+            its RMS; $\ge 0$.
         rms_floor: smallest RMS that is used, $\ge 0$. With 0, as in the original, a tensor that starts at zero (the
             second matrix of LoRA, a zero-initialized head) never moves.
         vector_scale: $s > 0$ of vectors.
-        foreach: None or True processes many tensors at once (CPU: one after the other in cache-sized blocks;
-            accelerators: `torch._foreach_*` calls), False one after the other with plain operations. DTensors and
-            other subclasses always take the plain operations.
+        sign_power: $\gamma \in [0, 1]$ of the direction $\operatorname{sign}(m)\,|m|^{1-\gamma}$, from 1 (Tiger) to 0
+            (the momentum itself); or a function of the ratio of the current to the initial learning rate, such as
+            `lambda ratio: ratio` or `math.sqrt`. With $\gamma < 1$ the unit of `lr` changes: rescale it, or use
+            `normalize_power`. It takes the plain operations.
+        normalize_power: whether the direction is divided by its RMS where `sign_power` is not 1.
+        tensor_clip_norm: largest norm of one gradient tensor, to which larger ones are scaled down before they are
+            folded in; None: no limit. A norm over all parameters is not known inside the backward pass, and a sign
+            does not need it.
+        lr_schedule: `{step: factor}` for [`piecewise_linear`][danlu.optim.piecewise_linear] over the micro-steps, as
+            sugar; `lr` in the groups then stays as it is. None: no schedule of its own.
+        in_backward: whether gradients are folded in during the backward pass, each as soon as it is there, and freed
+            (see Cost). Call `step` once after every backward pass as before; between two calls, a parameter may have
+            one gradient. Under `DistributedDataParallel`, which keeps buckets of all gradients anyway, give the
+            wrapped model as `params`.
+        rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
+            None: stochastically for bfloat16, to nearest for float16.
+        seed: of stochastic rounding and of `shrink_noise`.
+        state_dtype: `torch.float32` keeps the momentum of a low-precision parameter in float32; None in its dtype.
+        foreach: True processes many tensors at once (CPU: one after the other in cache-sized blocks; accelerators:
+            `torch._foreach_*` calls), False one after the other with plain operations. DTensors and other subclasses
+            always take the plain operations.
+        fused: True takes one compiled call for all tensors (CPU: C++, compiled on first use by the machine's compiler;
+            CUDA: Triton) and raises where it cannot run; None takes it where it can, unless `foreach` is given.
         maximize: climb instead of descend.
 
     Returns:
@@ -77,18 +115,22 @@ class Tiger(Optimizer):
     Raises:
         TypeError: an option is not of its type.
         ValueError: an option is out of its range, or a kind is unknown; also in a group.
-        RuntimeError: from `step` on a sparse or complex gradient, when `grad_accum_steps` changed within a cycle, or on
-            a bad gradient with `nonfinite="raise"`.
+        RuntimeError: from `step` on a sparse or complex gradient, when `grad_accum_steps` changed within a cycle, on a
+            bad gradient with `nonfinite="raise"`, where `fused=True` cannot run, or when the gradients of a
+            `DistributedDataParallel` were not averaged (`no_sync`); with `in_backward`, the last and a second gradient
+            within one micro-step are raised from the backward pass.
 
     Numerics:
-        float16 and bfloat16 parameters are computed in float32 and rounded to nearest; the momentum has the
-        parameter's dtype. A step smaller than half the spacing of such a parameter is lost, which for bfloat16 are
-        most. A positive factor on all gradients changes nothing: loss scaling has no effect.
+        float16 and bfloat16 parameters are computed in float32 and rounded as `rounding` says. A positive factor on all
+        gradients changes nothing: loss scaling has no effect. With loss scaling and `in_backward`, assign the scale to
+        `optimizer.grad_scale` before the backward pass; gradients are divided by it, so that a momentum never mixes
+        scales.
 
     Cost:
         4 bytes of state per float32 parameter and no buffer for accumulation; 24 bytes of memory traffic, 28 with the
-        look for bad gradients where the tensor does not fit into the cache. Temporaries: one block (CPU) or one bucket
-        of tensors (accelerators).
+        look for bad gradients where the tensor does not fit into the cache. With `in_backward` weights, state and
+        gradients together take 8 bytes per float32 parameter and the largest single gradient. Temporaries: none
+        (fused), one block (CPU) or one bucket of tensors (accelerators).
 
     Differences:
         `rms_floor` is ours; it equals the reference wherever the RMS is at least the floor. The reference looks for
@@ -124,9 +166,19 @@ class Tiger(Optimizer):
         average: bool = True,
         shrink: float = 0.99,
         nonfinite: TigerNonfinite = "shrink",
+        shrink_noise: float = 0.0,
         rms_floor: float = 1e-3,
         vector_scale: float = 0.5,
+        sign_power: float | Callable[[float], float] = 1.0,
+        normalize_power: bool = False,
+        tensor_clip_norm: float | None = None,
+        lr_schedule: Mapping[int, float] | None = None,
+        in_backward: bool = False,
+        rounding: RoundingMode | None = None,
+        seed: int = 0,
+        state_dtype: torch.dtype | None = None,
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -137,9 +189,15 @@ class Tiger(Optimizer):
             "average": average,
             "shrink": shrink,
             "nonfinite": nonfinite,
+            "shrink_noise": shrink_noise,
             "rms_floor": rms_floor,
             "vector_scale": vector_scale,
+            "tensor_clip_norm": tensor_clip_norm,
+            "rounding": rounding,
+            "seed": seed,
+            "state_dtype": state_dtype,
             "foreach": foreach,
+            "fused": fused,
             "maximize": maximize,
             "kind": None,
             "center": 0.0,
@@ -149,16 +207,42 @@ class Tiger(Optimizer):
             "cycle_length": grad_accum_steps,
         }
         _check_group(defaults)
+        _check_switches(in_backward=in_backward, normalize_power=normalize_power)
+        if not callable(sign_power):
+            check_real("sign_power", sign_power, low=0.0, high=1.0)
+        if in_backward and nonfinite == "raise":
+            raise ValueError("nonfinite='raise' cannot leave all tensors unchanged with in_backward=True")
         self.micro_weight: float | None = None
+        self.grad_scale: float | Tensor | None = None
+        self._sign_power = sign_power
+        self._normalize_power = normalize_power
+        self._schedule = None if lr_schedule is None else PiecewiseLinear(schedule_points(lr_schedule, from_zero=True))
+        self._in_backward = in_backward
         self._nonfinite_counts: dict[Tensor, Tensor] = {}
         self._warned_of_floor = False
-        super().__init__(parameter_groups(params) if isinstance(params, nn.Module) else params, defaults)
+        self._calls = PreparedCalls()
+        self._hooks: BackwardHooks | None = None
+        # Parameters whose gradients of this micro-step were folded in already, and where each parameter is.
+        self._received: set[Tensor] = set()
+        self._places: dict[Tensor, tuple[int, int]] = {}
+        self._local_gradients = False
+        model = data_parallel_model(params)
+        inner = params if model is None else model.module
+        super().__init__(parameter_groups(inner) if isinstance(inner, nn.Module) else inner, defaults)
         if any(group["kind"] is None for group in self.param_groups):
             warnings.warn(
                 "Tiger got parameters without their kinds and guesses from the number of axes, so embeddings and norm "
                 "gains are treated as any matrix and vector; pass the model or danlu.optim.parameter_groups(model)",
                 stacklevel=2,
             )
+        if in_backward:
+            self._hooks = BackwardHooks(self._places, self._receive, model)
+        elif model is not None:
+            model.register_forward_pre_hook(self._note_synchronization)
+
+    def _note_synchronization(self, model: Any, _: object) -> None:
+        if torch.is_grad_enabled():
+            self._local_gradients = not model.require_backward_grad_sync
 
     @property
     def micro_step(self) -> int:
@@ -182,16 +266,49 @@ class Tiger(Optimizer):
                 running = self.param_groups[0]
                 param_group |= {key: running[key] for key in ("micro_step", "cycle_start", "cycle_length")}
         super().add_param_group(param_group)
+        for i, param in enumerate(self.param_groups[-1]["params"]):
+            self._places[param] = (len(self.param_groups) - 1, i)
+            if self._hooks is not None:
+                self._hooks.add(param)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_nonfinite_counts", "_warned_of_floor", "micro_weight")
+        own = (
+            "_nonfinite_counts",
+            "_warned_of_floor",
+            "_sign_power",
+            "_normalize_power",
+            "_schedule",
+            "_in_backward",
+            "micro_weight",
+            "grad_scale",
+        )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._calls = PreparedCalls()
+        for group in self.param_groups:
+            # A checkpoint of an earlier version lacks the later options.
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        if "_hooks" not in self.__dict__:
+            # A copy: its parameters have no hooks yet.
+            self._received, self._local_gradients = set(), False
+            self._places = {
+                param: (g, i) for g, group in enumerate(self.param_groups) for i, param in enumerate(group["params"])
+            }
+            self._hooks = BackwardHooks(self._places, self._receive, None) if self._in_backward else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; the optimizer owns copies of its tensors."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state["exp_avg"] = state["exp_avg"].clone()
+        restore_state_tensors(self, state_dict)
+
+    def remove_backward_hooks(self) -> None:
+        """Undo `in_backward`: from now on gradients stay in `.grad` until `step`."""
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks, self._in_backward = None, False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
@@ -200,89 +317,227 @@ class Tiger(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients("Tiger", self.param_groups)
-        self._check_step()
-        small: list[str] = []
+        grads = [[param.grad for param in group["params"]] for group in self.param_groups]
+        calls = [self._prepared(g, group, grads[g]) for g, group in enumerate(self.param_groups)]
+        if None in calls:
+            check_gradients("Tiger", self.param_groups)
+            self._check_types()
+        self._check_step(grads)
+        self._warn_of_floor()
         for g, group in enumerate(self.param_groups):
-            if group["micro_step"] == group["cycle_start"]:
-                group["cycle_length"] = group["grad_accum_steps"]
-            last = group["micro_step"] + 1 == group["cycle_start"] + group["cycle_length"]
-            share = 1.0 / group["cycle_length"] if group["average"] else 1.0
-            params: list[Tensor] = []
-            folded: list[bool] = []
-            names: list[int] = []
-            for i, param in enumerate(group["params"]):
-                if param.grad is None and not (param in self.state and self.state[param].get("folded", False)):
-                    continue
-                state = self.state[param]
-                if "exp_avg" not in state:
-                    state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                if param not in self._nonfinite_counts:
-                    self._nonfinite_counts[param] = param.new_zeros((), dtype=torch.int64)
-                params.append(param)
-                folded.append(bool(state.get("folded", False)))
-                names.append(i)
-                # A bad first gradient loses the decay, as in the reference: nobody waits for the device to know of it.
-                state["folded"] = not last
-            flags = tiger(
-                params,
-                [param.grad for param in params],
-                [self.state[param]["exp_avg"] for param in params],
-                kinds=[group["kind"] or kind_by_shape(param) for param in params],
-                lr=group["lr"],
-                beta=group["beta"],
-                weight_decay=group["weight_decay"],
-                share=share if self.micro_weight is None else self.micro_weight,
-                folded=folded,
-                update=last,
-                shrink=group["shrink"],
-                center=group["center"],
-                nonfinite="off" if group["nonfinite"] == "raise" else group["nonfinite"],
-                nonfinite_counts=[self._nonfinite_counts[param] for param in params],
-                rms_floor=group["rms_floor"],
-                vector_scale=group["vector_scale"],
-                decay_vectors=group["kind"] is not None,
-                foreach=group["foreach"],
-                maximize=group["maximize"],
-                report_floor=last and not self._warned_of_floor,
-            )
-            small += [parameter_name(self.param_groups, g, names[i]) for i in flags]
+            call, last = calls[g], self._begin_cycle(group)
+            if call is None:
+                chosen = [i for i, param in enumerate(group["params"]) if self._takes_part(param, grads[g][i])]
+                fused = self._micro_step(g, chosen, pick(chosen, grads[g])) if chosen else []
+                if not self._in_backward and None not in grads[g]:
+                    kinds = [group["kind"] or kind_by_shape(param) for param in group["params"]]
+                    numbers = self._numbers(g, chosen)
+                    self._calls.keep(g, group, fused, self.state, numbers, **columns(group["params"], kinds))
+            else:
+                compiled(call, _Counts(self, group["params"]), self._step_numbers(g, range(len(grads[g])), last))
             group["micro_step"] += 1
             if last:
                 group["cycle_start"] = group["micro_step"]
-                self._warned_of_floor = self._warned_of_floor or g + 1 == len(self.param_groups)
+        for param in self._received:
+            # DistributedDataParallel puts the average into .grad after the hand-over.
+            param.grad = None
+        self._received.clear()
+        return loss
+
+    def _prepared(self, g: int, group: dict[str, Any], grads: list[Tensor | None]) -> Any:
+        usable = not self._in_backward and self._plain_sign() and group["tensor_clip_norm"] is None
+        return self._calls.find(g, group, grads, self.state) if usable else None
+
+    def _takes_part(self, param: Tensor, grad: Tensor | None) -> bool:
+        """Whether a tensor has a gradient, or had one in this cycle; not if the backward pass saw to it already."""
+        if param in self._received:
+            return False
+        return grad is not None or (param in self.state and bool(self.state[param].get("folded", False)))
+
+    def _receive(self, param: Tensor, grad: Tensor) -> None:
+        """One gradient, during the backward pass."""
+        if param in self._received:
+            raise RuntimeError(
+                f"{self._name(param)} got a second gradient before step() was called; with in_backward=True call it "
+                "after every backward pass"
+            )
+        g, i = self._places[param]
+        group = self.param_groups[g]
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"Tiger does not support sparse gradients, got one for a parameter of shape {tuple(param.shape)}; "
+                "use sparse=False in the embedding"
+            )
+        if param.is_complex():
+            self._check_types()
+        if self.grad_scale is not None:
+            grad = grad / self.grad_scale
+        with torch.no_grad():
+            self._check_cycle(group)
+            self._begin_cycle(group)
+            self._micro_step(g, [i], [grad])
+        self._received.add(param)
+
+    def _begin_cycle(self, group: dict[str, Any]) -> bool:
+        """Fix the length of the cycle at its first micro-step; returns whether this is the last."""
+        if group["micro_step"] == group["cycle_start"]:
+            group["cycle_length"] = group["grad_accum_steps"]
+        return bool(group["micro_step"] + 1 == group["cycle_start"] + group["cycle_length"])
+
+    def _micro_step(self, g: int, chosen: Sequence[int], grads: list[Tensor | None]) -> list[int]:
+        """One micro-step of the parameters `chosen` of group `g`; returns which of them the compiled step took."""
+        group = self.param_groups[g]
+        last = self._begin_cycle(group)
+        params = pick(chosen, group["params"])
+        states: list[dict[str, Any]] = []
+        for param in params:
+            state = self.state[param]
+            if "exp_avg" not in state:
+                state.update(new_state(param, group))
+            add_compensation(state, param, group)
+            states.append(state)
+        if group["tensor_clip_norm"] is not None:
+            grads = [None if grad is None else _clipped(grad, group["tensor_clip_norm"]) for grad in grads]
+        numbers = self._step_numbers(g, chosen, last)
+        return _run(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [self._count(param) for param in params],
+            numbers,
+            foreach=group["foreach"] if self._plain_sign() else False,
+            fused=group["fused"] if self._plain_sign() else False,
+        )
+
+    def _step_numbers(self, g: int, chosen: Sequence[int], last: bool) -> TigerStep:
+        """The numbers of this micro-step; marks the tensors as folded in this cycle."""
+        group = self.param_groups[g]
+        params = pick(chosen, group["params"])
+        states = [self.state[param] for param in params]
+        decays = [1.0 if state.get("folded", False) else group["beta"] for state in states]
+        if group["cycle_length"] > 1:
+            for state in states:
+                # A bad first gradient loses the decay, as in the reference: nobody waits for the device to know of it.
+                state["folded"] = not last
+        share = 1.0 / group["cycle_length"] if group["average"] else 1.0
+        if self.micro_weight is not None:
+            share = self.micro_weight
+        rate = as_float(group["lr"])
+        factor = 1.0 if self._schedule is None else self._schedule(group["micro_step"])
+        return TigerStep(
+            kinds=[group["kind"] or kind_by_shape(param) for param in params],
+            decays=decays,
+            gain=(1 - group["beta"]) * share,
+            lr=(-rate if group["maximize"] else rate) * factor,
+            # Climbing is descending with -lr, except that the decay still pulls towards 0.
+            weight_decay=-group["weight_decay"] if group["maximize"] else group["weight_decay"],
+            update=last,
+            shrink=group["shrink"] if group["nonfinite"] == "shrink" else 1.0,
+            shrink_noise=group["shrink_noise"],
+            center=group["center"],
+            guard=group["nonfinite"] in ("shrink", "skip"),
+            rms_floor=group["rms_floor"],
+            vector_scale=group["vector_scale"],
+            decay_vectors=group["kind"] is not None,
+            sign_power=self._power(group, rate * factor),
+            normalize_power=self._normalize_power,
+            rounding=group_rounding(group, group["micro_step"], self._numbers(g, chosen), states),
+        )
+
+    def _numbers(self, g: int, chosen: Sequence[int]) -> list[int]:
+        """The numbers of parameters of a group among all parameters, which decide their random bits."""
+        first = sum(len(group["params"]) for group in self.param_groups[:g])
+        return [first + i for i in chosen]
+
+    def _plain_sign(self) -> bool:
+        return not callable(self._sign_power) and self._sign_power == 1.0
+
+    def _power(self, group: dict[str, Any], rate: float) -> float:
+        if not callable(self._sign_power):
+            return float(self._sign_power)
+        initial = as_float(group.get("initial_lr", self.defaults["lr"]))
+        power = self._sign_power(min(1.0, rate / initial) if initial > 0 else 1.0)
+        return check_real("the value of sign_power", power, low=0.0, high=1.0)
+
+    def _count(self, param: Tensor) -> Tensor:
+        if param not in self._nonfinite_counts:
+            self._nonfinite_counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+        return self._nonfinite_counts[param]
+
+    def _name(self, param: Tensor) -> str:
+        return parameter_name(self.param_groups, *self._places[param])
+
+    def _warn_of_floor(self) -> None:
+        """Once, before the first update: name the tensors that the floor keeps moving. This waits for the device."""
+        if self._warned_of_floor or not any(self._begin_cycle(group) for group in self.param_groups):
+            return
+        self._warned_of_floor = True
+        small = [
+            parameter_name(self.param_groups, g, i)
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+            if (kind := group["kind"] or kind_by_shape(param)) in DECAYED and param.numel() > 0
+            if param.grad is not None or param in self.state
+            if root_mean_square(param.detach().float(), kind).min().item() < group["rms_floor"]
+        ]
         if small:
             listed = ", ".join(small[:10]) + (f" and {len(small) - 10} more" if len(small) > 10 else "")
             warnings.warn(
                 f"the RMS of these parameters is below rms_floor, which is used instead (with rms_floor=0, as in the "
                 f"original, a zero tensor never moves): {listed}",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return loss
 
-    def _check_step(self) -> None:
-        """Refuse what would leave a cycle half done, before anything is changed."""
-        if self.micro_weight is not None:
-            check_real("micro_weight", self.micro_weight, low=0.0)
+    def _check_types(self) -> None:
         for group in self.param_groups:
-            inside = group["micro_step"] != group["cycle_start"]
-            if inside and group["grad_accum_steps"] != group["cycle_length"]:
-                raise RuntimeError(
-                    f"grad_accum_steps changed from {group['cycle_length']} to {group['grad_accum_steps']} within a "
-                    "cycle; change it after a step that updates"
-                )
             for param in group["params"]:
                 if param.is_complex():
                     raise RuntimeError(f"Tiger does not support complex parameters, got shape {tuple(param.shape)}")
+
+    def _check_cycle(self, group: dict[str, Any]) -> None:
+        inside = group["micro_step"] != group["cycle_start"]
+        if inside and group["grad_accum_steps"] != group["cycle_length"]:
+            raise RuntimeError(
+                f"grad_accum_steps changed from {group['cycle_length']} to {group['grad_accum_steps']} within a "
+                "cycle; change it after a step that updates"
+            )
+
+    def _check_step(self, grads: Sequence[Sequence[Tensor | None]]) -> None:
+        """Refuse what would leave a cycle half done, before anything is changed."""
+        if self._local_gradients:
+            refuse_local_gradients()
+        if self.micro_weight is not None:
+            check_real("micro_weight", self.micro_weight, low=0.0)
+        for group in self.param_groups:
+            self._check_cycle(group)
         raise_if_nonfinite(
             {
-                parameter_name(self.param_groups, g, i): param.grad
+                parameter_name(self.param_groups, g, i): grad
                 for g, group in enumerate(self.param_groups)
                 if group["nonfinite"] == "raise"
-                for i, param in enumerate(group["params"])
-                if param.grad is not None
+                for i, grad in enumerate(grads[g])
+                if grad is not None
             }
         )
+
+
+class _Counts(Sequence[Tensor]):
+    """The counters of bad gradients of some parameters, made when one is needed."""
+
+    def __init__(self, optimizer: Tiger, params: Sequence[Tensor]) -> None:
+        self._optimizer, self._params = optimizer, params
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def __getitem__(self, index: int) -> Tensor:  # pyrefly: ignore[bad-override]
+        return self._optimizer._count(self._params[index])
+
+
+def _clipped(grad: Tensor, limit: float) -> Tensor:
+    """The gradient, scaled down to the norm `limit`; one that is not finite stays so."""
+    norm = torch.linalg.vector_norm(grad)
+    return grad * torch.where(norm > limit, limit / norm, torch.ones_like(norm))
 
 
 def tiger(
@@ -301,12 +556,16 @@ def tiger(
     center: float = 0.0,
     nonfinite: Literal["shrink", "skip", "off"] = "shrink",
     nonfinite_counts: Sequence[Tensor] | None = None,
+    shrink_noise: float = 0.0,
     rms_floor: float = 1e-3,
     vector_scale: float = 0.5,
     decay_vectors: bool = False,
+    sign_power: float = 1.0,
+    normalize_power: bool = False,
+    rounding: Rounding = _DEFAULT_ROUNDING,
     foreach: bool | None = None,
+    fused: bool | None = None,
     maximize: bool = False,
-    report_floor: bool = False,
 ) -> list[int]:
     r"""One micro-step of [`Tiger`][danlu.optim.Tiger] on lists of tensors, in place.
 
@@ -330,15 +589,19 @@ def tiger(
         nonfinite: as in the class.
         nonfinite_counts: one 0-d integer tensor per parameter, on its device, to which 1 is added when its gradient is
             not finite; None counts nothing.
+        shrink_noise: as in the class.
         rms_floor: as in the class.
         vector_scale: as in the class.
         decay_vectors: whether `weight_decay` holds for vectors as well.
+        sign_power: as in the class, a number.
+        normalize_power: as in the class.
+        rounding: how results are rounded into float16 and bfloat16 parameters.
         foreach: as in the class.
+        fused: as in the class.
         maximize: as in the class.
-        report_floor: find the tensors whose RMS is below the floor; this waits for the device.
 
     Returns:
-        Indices of tensors whose RMS is below the floor, with `report_floor`; else empty.
+        The indices of the tensors that the compiled step took; `params` and `exp_avgs` hold the result.
 
     Raises:
         ValueError: the lists differ in length, or an option is out of its range.
@@ -353,15 +616,22 @@ def tiger(
         >>> import torch
         >>> from danlu.optim import tiger
         >>> w, m = torch.tensor([[3.0, -4.0]]), torch.zeros(1, 2)
-        >>> tiger([w], [torch.tensor([[0.1, 0.2]])], [m], kinds=["matrix"], lr=0.1, weight_decay=0.0)
-        []
+        >>> _ = tiger([w], [torch.tensor([[0.1, 0.2]])], [m], kinds=["matrix"], lr=0.1, weight_decay=0.0)
         >>> w
         tensor([[ 2.6464, -4.3536]])
     """
     check_lr(lr)
     check_beta("beta", beta)
-    for name, value in (("weight_decay", weight_decay), ("share", share), ("rms_floor", rms_floor)):
+    for name, value in (
+        ("weight_decay", weight_decay),
+        ("share", share),
+        ("shrink_noise", shrink_noise),
+        ("rms_floor", rms_floor),
+    ):
         check_real(name, value, low=0.0)
+    check_real("shrink", shrink, low=0.0, low_open=True, high=1.0)
+    check_real("vector_scale", vector_scale, low=0.0, low_open=True)
+    check_real("sign_power", sign_power, low=0.0, high=1.0)
     check_choice("nonfinite", nonfinite, ("shrink", "skip", "off"))
     already = list(folded) if folded is not None else [False] * len(params)
     lengths = {
@@ -378,205 +648,65 @@ def tiger(
     for kind in kinds:
         check_choice("kinds", kind, KINDS)
     rate = as_float(lr)
-    small: list[int] = []
+    step = TigerStep(
+        kinds=kinds,
+        decays=[1.0 if done else beta for done in already],
+        gain=(1 - beta) * share,
+        lr=-rate if maximize else rate,
+        # Climbing is descending with -lr, except that the decay still pulls towards 0.
+        weight_decay=-weight_decay if maximize else weight_decay,
+        update=update,
+        shrink=shrink if nonfinite == "shrink" else 1.0,
+        shrink_noise=shrink_noise,
+        center=center,
+        guard=nonfinite != "off",
+        rms_floor=rms_floor,
+        vector_scale=vector_scale,
+        decay_vectors=decay_vectors,
+        sign_power=sign_power,
+        normalize_power=normalize_power,
+        rounding=rounding,
+    )
+    # Powers of the sign have the plain path only.
+    simple = None if sign_power == 1.0 else False
     with torch.no_grad():
-        for path, indices in plan(params, grads, foreach):
-            step = {"loop": _single_tensor_tiger, "blocks": _blocked_tiger, "bucket": _multi_tensor_tiger}[path]
-            if report_floor and update:
-                small += [
-                    i for i in indices if kinds[i] in DECAYED and _rms(params[i], kinds[i]).min().item() < rms_floor
-                ]
-            step(
-                pick(indices, params),
-                pick(indices, grads),
-                pick(indices, exp_avgs),
-                None if nonfinite_counts is None else pick(indices, nonfinite_counts),
-                _Step(
-                    kinds=pick(indices, kinds),
-                    decays=[1.0 if already[i] else beta for i in indices],
-                    gain=(1 - beta) * share,
-                    lr=-rate if maximize else rate,
-                    # Climbing is descending with -lr, except that the decay still pulls towards 0.
-                    weight_decay=-weight_decay if maximize else weight_decay,
-                    update=update,
-                    shrink=shrink if nonfinite == "shrink" else 1.0,
-                    center=center,
-                    guard=nonfinite != "off",
-                    rms_floor=rms_floor,
-                    vector_scale=vector_scale,
-                    decay_vectors=decay_vectors,
-                ),
-            )
-    return small
+        return _run(
+            params,
+            grads,
+            exp_avgs,
+            nonfinite_counts,
+            step,
+            foreach=foreach if simple is None else simple,
+            fused=fused if simple is None else simple,
+        )
 
 
-class _Step:
-    """The numbers of one micro-step."""
-
-    def __init__(
-        self,
-        *,
-        kinds: list[Kind],
-        decays: list[float],
-        gain: float,
-        lr: float,
-        weight_decay: float,
-        update: bool,
-        shrink: float,
-        center: float,
-        guard: bool,
-        rms_floor: float,
-        vector_scale: float,
-        decay_vectors: bool,
-    ) -> None:
-        self.kinds, self.decays, self.gain = kinds, decays, gain
-        self.lr, self.weight_decay, self.update = lr, weight_decay, update
-        self.shrink, self.center, self.guard = shrink, center, guard
-        self.rms_floor, self.vector_scale, self.decay_vectors = rms_floor, vector_scale, decay_vectors
-
-    def decay_of(self, kind: Kind) -> float:
-        """Weight decay of a tensor of this kind."""
-        return self.weight_decay if kind in DECAYED or self.decay_vectors else 0.0
-
-    def scale_of(self, theta: Tensor, kind: Kind) -> Tensor | float:
-        """The step's scale: a number, a 0-d tensor, or one per row."""
-        if kind not in DECAYED:
-            return self.vector_scale
-        return _rms(theta, kind).clamp(min=self.rms_floor)
-
-
-def _rms(theta: Tensor, kind: Kind) -> Tensor:
-    """Root mean square of the tensor, or of each row (with a last axis of 1) for an embedding."""
-    if kind == "embedding" and theta.ndim > 0:
-        return torch.linalg.vector_norm(theta, dim=-1, keepdim=True) / max(1, theta.shape[-1]) ** 0.5
-    return torch.linalg.vector_norm(theta) / max(1, theta.numel()) ** 0.5
-
-
-def _single_tensor_tiger(
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    exp_avgs: list[Tensor],
-    counts: list[Tensor] | None,
-    step: _Step,
-) -> None:
-    """The definition with plain operations, without reading a value back: the oracle of the other two paths."""
-    for i, param in enumerate(params):
-        dtype = compute_dtype(param.dtype)
-        theta, exp_avg, kind = param.to(dtype), exp_avgs[i].to(dtype), step.kinds[i]
-        grad = grads[i]
-        finite = None
-        if grad is not None:
-            grad = grad.to(dtype)
-            if step.decays[i] + step.gain == 1.0:
-                momentum = torch.lerp(exp_avg, grad, step.gain)
-            else:
-                momentum = exp_avg * step.decays[i] + grad * step.gain
-            if step.guard:
-                finite = torch.isfinite(grad).all()
-                momentum = torch.where(finite, momentum, exp_avg)
-                if counts is not None:
-                    counts[i].add_(~finite)
-            exp_avgs[i].copy_(momentum)
-            exp_avg = momentum
-        moved = theta
-        if step.update:
-            direction = exp_avg.sign() + step.decay_of(kind) * theta
-            moved = theta - step.lr * step.scale_of(theta, kind) * direction
-        if finite is not None:
-            moved = torch.where(finite, moved, _shrunk(theta, step))
-        if step.update or finite is not None:
-            param.copy_(moved)
-
-
-def _shrunk(theta: Tensor, step: _Step) -> Tensor:
-    return theta if step.shrink == 1.0 else step.center + (theta - step.center) * step.shrink
-
-
-def _blocked_tiger(
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    exp_avgs: list[Tensor],
-    counts: list[Tensor] | None,
-    step: _Step,
-) -> None:
-    """On the CPU: all passes over a block but the first find it in the cache."""
-    memory: dict[torch.dtype, Tensor] = {}
-    for i, param in enumerate(params):
-        dtype, kind, grad = compute_dtype(param.dtype), step.kinds[i], grads[i]
-        if grad is not None and step.guard and not is_finite(grad):
-            if counts is not None:
-                counts[i].add_(1)
-            if step.shrink != 1.0:
-                param.copy_(_shrunk(param.to(dtype), step))
-            continue
-        if grad is None and not step.update:
-            continue
-        scale: Tensor | float = 0.0
-        by_row = kind == "embedding" and param.ndim > 0
-        if step.update and not by_row:
-            scale = step.scale_of(param.to(dtype), kind)
-            scale = scale if isinstance(scale, float) else float(scale.item())
-        sources = (param, exp_avgs[i]) if grad is None else (param, exp_avgs[i], grad)
-        for block in blocks(*sources, rows=by_row):
-            theta, exp_avg = block[0].to(dtype), block[1].to(dtype)
-            if grad is not None:
-                folding = block[2].to(dtype)
-                if step.decays[i] + step.gain == 1.0:
-                    exp_avg.lerp_(folding, step.gain)
-                elif step.decays[i] == 1.0:
-                    exp_avg.add_(folding, alpha=step.gain)
-                else:
-                    exp_avg.mul_(step.decays[i]).add_(folding, alpha=step.gain)
-                write_back(block[1], exp_avg)
-            if not step.update:
-                continue
-            direction = torch.sign(exp_avg, out=scratch(memory, theta))
-            if by_row:
-                rows = step.scale_of(theta, kind)
-                direction.add_(theta, alpha=step.decay_of(kind))
-                theta.sub_(direction.mul_(rows).mul_(step.lr))
-            else:
-                decayed_add_(theta, direction, step.lr * float(scale), step.decay_of(kind))
-            write_back(block[0], theta)
-
-
-def _multi_tensor_tiger(
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    exp_avgs: list[Tensor],
-    counts: list[Tensor] | None,
-    step: _Step,
-) -> None:
-    """On accelerators: one bucket of tensors of one dtype; which gradients are finite stays on the device."""
-    dtype = compute_dtype(params[0].dtype)
-    thetas, momenta = ([tensor.to(dtype) for tensor in tensors] for tensors in (params, exp_avgs))
-    # A bucket holds tensors with gradients or tensors without, never both.
-    gradients = [grad.to(dtype) for grad in grads if grad is not None]
-    finite = finite_flags(gradients) if gradients and step.guard else None
-    if gradients:
-        decays: Iterable[Any] = step.decays
-        if finite is not None:
-            gradients = [torch.where(f, g, torch.zeros_like(g)) for f, g in zip(finite, gradients, strict=True)]
-            if counts is not None:
-                torch._foreach_add_(counts, list((~finite).to(torch.int64).unbind()))
-            factors = torch.tensor(step.decays, dtype=dtype).to(finite.device)
-            decays = torch.where(finite, factors, torch.ones_like(factors)).unbind()
-        for momentum, decay in zip(momenta, decays, strict=True):
-            momentum.mul_(decay)
-        torch._foreach_add_(momenta, gradients, alpha=step.gain)
-        if dtype != params[0].dtype:
-            torch._foreach_copy_(exp_avgs, momenta)
-    moved = thetas
-    if step.update:
-        directions = list(torch._foreach_sign(momenta))
-        for i, direction in enumerate(directions):
-            kind = step.kinds[i]
-            direction.add_(thetas[i], alpha=step.decay_of(kind)).mul_(step.scale_of(thetas[i], kind))
-        moved = torch._foreach_add(thetas, directions, alpha=-step.lr)
-    if finite is not None and (step.update or step.shrink != 1.0):
-        moved = [torch.where(f, m, _shrunk(t, step)) for f, m, t in zip(finite, moved, thetas, strict=True)]
-    if moved is not thetas:
-        torch._foreach_copy_(params, list(moved))
+def _run(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    counts: Sequence[Tensor] | None,
+    step: TigerStep,
+    *,
+    foreach: bool | None,
+    fused: bool | None,
+) -> list[int]:
+    """Hand every tensor to the path that suits it; returns the indices of those that the compiled step took."""
+    kernel = kernel_test(
+        "sign_update", params, grads, exp_avgs, fused=fused, foreach=foreach, supported=dtypes_supported
+    )
+    taken: list[int] = []
+    for path, indices in plan(params, grads, foreach, kernel):
+        few = replace(step, **step.pick(indices))
+        few_counts = None if counts is None else pick(indices, counts)
+        lists = pick(indices, params), pick(indices, grads), pick(indices, exp_avgs)
+        if path == "fused":
+            compiled(prepare_call(lists, few.rounding, **columns(lists[0], few.kinds)), few_counts, few)
+            taken += indices
+        else:
+            run = {"loop": single_tensor, "blocks": blocked, "bucket": multi_tensor}[path]
+            run(*lists, few_counts, few)
+    return taken
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -584,10 +714,18 @@ def _check_group(group: dict[str, Any]) -> None:
     check_beta("beta", group["beta"])
     check_integer("grad_accum_steps", group["grad_accum_steps"], low=1)
     check_real("shrink", group["shrink"], low=0.0, low_open=True, high=1.0)
+    check_real("shrink_noise", group["shrink_noise"], low=0.0)
     check_real("rms_floor", group["rms_floor"], low=0.0)
     check_real("vector_scale", group["vector_scale"], low=0.0, low_open=True)
     check_real("center", group["center"])
-    if not isinstance(group["average"], bool):
-        raise TypeError(f"average must be a bool, got {group['average']!r}")
+    if group["tensor_clip_norm"] is not None:
+        check_real("tensor_clip_norm", group["tensor_clip_norm"], low=0.0, low_open=True)
+    _check_switches(average=group["average"])
     if group["kind"] is not None:
         check_choice("kind", group["kind"], KINDS)
+
+
+def _check_switches(**switches: object) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")

@@ -1,17 +1,33 @@
-"""How a step walks over tensors: one by one, in cache-sized blocks, or in buckets of `torch._foreach_*` calls."""
+"""How a step walks over tensors: by a compiled kernel, one by one, in cache-sized blocks, or in foreach calls."""
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from danlu import kernels
 from danlu._common.checks import is_low_precision
+from danlu.kernels.sign_update import SignUpdate
+from danlu.optim._rounding import Rounding, Writer, resolve_rounding
 
-__all__ = ["blocks", "compute_dtype", "decayed_add_", "pick", "plan", "scratch", "write_back"]
+__all__ = [
+    "blocks",
+    "compute_dtype",
+    "decayed_add_",
+    "is_plain",
+    "kernel_test",
+    "pick",
+    "plan",
+    "prepare_call",
+    "rounded_blocks",
+    "scratch",
+    "write_back",
+]
 
-Path = Literal["loop", "blocks", "bucket"]
+Path = Literal["fused", "loop", "blocks", "bucket"]
 Item = TypeVar("Item")
 
 # Elements per thread: four float32 streams of this size stay in the cache of one core while few enough calls are
@@ -26,22 +42,101 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_low_precision(dtype) else dtype
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all are ordinary tensors, and not subclasses such as DTensor."""
+    return all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+def kernel_test(
+    name: kernels.Kernel,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Tensor],
+    *,
+    fused: bool | None,
+    foreach: bool | None,
+    supported: Callable[[torch.dtype, torch.dtype], bool],
+) -> Callable[[int], bool] | None:
+    """What tells by its index whether the kernel `name` takes a tensor; None if no kernel is wanted.
+
+    With `fused=None` it is wanted unless `foreach` is given, and where it cannot run, that is said once per process.
+
+    Raises:
+        RuntimeError: `fused` is True, and the kernel cannot run on one of the tensors.
+    """
+    if fused is False or (fused is None and foreach is not None):
+        return None
+    reasons: dict[tuple[torch.device, torch.dtype], str | None] = {}
+
+    def why_not(i: int) -> str | None:
+        param, grad, state = params[i], grads[i], states[i]
+        if not is_plain(param, grad, state):
+            return f"{type(param).__name__} is not an ordinary tensor"
+        key = (param.device, param.dtype)
+        if key not in reasons:
+            reasons[key] = kernels.explain(name, param)
+            if reasons[key] is not None and fused is None and param.device.type == "cpu" and not param.is_complex():
+                _say_once(name, str(reasons[key]))
+        if reasons[key] is not None:
+            return reasons[key]
+        if not supported(param.dtype, state.dtype) or (grad is not None and grad.dtype != param.dtype):
+            return f"dtypes {param.dtype} with state {state.dtype} are not supported"
+        if state.stride() != param.stride() or (grad is not None and grad.stride() != param.stride()):
+            return "parameter, gradient and state have different strides"
+        return None if _is_dense(param) else f"a parameter of strides {param.stride()} has gaps"
+
+    def takes(i: int) -> bool:
+        reason = why_not(i)
+        if reason is not None and fused:
+            raise RuntimeError(
+                f"fused=True, but the kernel cannot run on a tensor of shape {tuple(params[i].shape)}: {reason}"
+            )
+        return reason is None
+
+    return takes
+
+
+_SAID: set[str] = set()
+
+
+def _say_once(name: str, reason: str) -> None:
+    if reason not in _SAID:
+        _SAID.add(reason)
+        warnings.warn(
+            f"the compiled step {name!r} is not available, a slower one is used (fused=False silences this): {reason}",
+            stacklevel=2,
+        )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tensor.permute(order).is_contiguous()
+
+
 def plan(
-    params: Sequence[Tensor], grads: Sequence[Tensor | None], foreach: bool | None
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    foreach: bool | None,
+    kernel: Callable[[int], bool] | None = None,
 ) -> Iterator[tuple[Path, list[int]]]:
     """Yield how to process which tensors; empty tensors are left out.
 
-    Subclasses (DTensor) always take the loop, whose operations are all plain: neither flat views nor lists that mix
-    them with ordinary tensors are valid for them.
+    `kernel` tells which tensors a compiled kernel takes, one call for each device and dtype. Subclasses (DTensor)
+    always take the loop, whose operations are all plain: neither flat views nor lists that mix them with ordinary
+    tensors are valid for them.
     """
+    fused: defaultdict[object, list[int]] = defaultdict(list[int])
     looped: list[int] = []
     blocked: list[int] = []
     bucketed: defaultdict[object, list[int]] = defaultdict(list[int])
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if param.numel() == 0:
             continue
-        plain = type(param) in (Tensor, nn.Parameter) and (grad is None or type(grad) is Tensor)
-        if foreach is False or not plain:
+        if kernel is not None and kernel(i):
+            fused[param.device, param.dtype].append(i)
+        elif foreach is False or not is_plain(param, grad):
             looped.append(i)
         elif param.device.type == "cpu":
             blocked.append(i)
@@ -49,6 +144,8 @@ def plan(
             looped.append(i)
         else:
             bucketed[param.device, param.dtype, None if grad is None else grad.dtype].append(i)
+    for indices in fused.values():
+        yield "fused", indices
     if looped:
         yield "loop", looped
     if blocked:
@@ -99,6 +196,41 @@ def blocks(*tensors: Tensor, rows: bool = False) -> Iterable[tuple[Tensor, ...]]
                 return (tensors,)
         flat = [tensor.view(-1) for tensor in tensors]
     return zip(*(tensor.split(size) for tensor in flat), strict=True)
+
+
+def rounded_blocks(
+    tensors: tuple[Tensor, ...], writer: Writer | None, rows: bool = False
+) -> Iterator[tuple[tuple[Tensor, ...], Writer | None]]:
+    """`blocks` of tensors, the first of which is a parameter, each with the writer of its part of it."""
+    if writer is None:
+        for block in blocks(*tensors, rows=rows):
+            yield block, None
+        return
+    compensation = writer.compensation
+    start = 0
+    for block in blocks(*tensors, *(() if compensation is None else (compensation,)), rows=rows):
+        part = block[: len(tensors)]
+        yield part, writer.view(None if compensation is None else block[-1], start)
+        start += part[0].numel()
+
+
+def prepare_call(
+    lists: tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], rounding: Rounding, **columns: Any
+) -> SignUpdate:
+    """A compiled call on these parameters, gradients and momenta, which are of one device and dtype."""
+    params, grads, exp_avgs = lists
+    mode = resolve_rounding(rounding.mode, params[0].dtype)
+    everything = range(len(params))
+    call = SignUpdate(
+        params,
+        exp_avgs,
+        compensations=[rounding.compensation(i) for i in everything] if mode == "kahan" else (),
+        numbers=[rounding.number(i) for i in everything] if mode == "stochastic" else (),
+        **columns,
+    )
+    if not call.take(grads):
+        raise AssertionError("the kernel's test and its call disagree about the layout of a gradient")
+    return call
 
 
 def scratch(memory: dict[torch.dtype, Tensor], block: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""The state tensors of the optimizers: their dtypes, their place in checkpoints, calls prepared on their addresses."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from danlu._common.checks import is_low_precision
+from danlu.kernels.sign_update import SignUpdate
+from danlu.optim._rounding import Rounding, resolve_rounding
+
+__all__ = ["PreparedCalls", "add_compensation", "group_rounding", "new_state", "restore_state_tensors"]
+
+
+def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Momentum at zero, in the wider of the two dtypes; the compensation where it is wanted."""
+    wide = param.dtype if group["state_dtype"] is None else torch.promote_types(param.dtype, group["state_dtype"])
+    state = {"exp_avg": torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)}
+    add_compensation(state, param, group)
+    return state
+
+
+def add_compensation(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
+    """Give a low-precision parameter its second tensor if the group's rounding is `"kahan"` and it has none."""
+    if group["rounding"] == "kahan" and is_low_precision(param.dtype) and "compensation" not in state:
+        state["compensation"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def group_rounding(
+    group: Mapping[str, Any], step: int | Tensor, numbers: Sequence[int], states: Sequence[Mapping[str, Any]]
+) -> Rounding:
+    """The rounding of one step for parameters of a group, given their numbers among all parameters and their states."""
+    kahan = group["rounding"] == "kahan"
+    compensations = [state.get("compensation") for state in states] if kahan else ()
+    return Rounding(group["rounding"], group["seed"], step, numbers, compensations)
+
+
+def restore_state_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """After `load_state_dict`: own copies of the state tensors, in the dtypes in which they were saved.
+
+    torch casts them to the dtype of the parameter, which would round the float32 momentum of a bfloat16 parameter.
+    """
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for identity, param in zip(saved, params, strict=True):
+        for name, value in state_dict["state"].get(identity, {}).items():
+            if isinstance(value, Tensor) and value.ndim > 0:
+                optimizer.state[param][name] = value.detach().to(param.device, copy=True)
+
+
+class PreparedCalls:
+    """Compiled calls on the CPU, one per group, kept while a group's tensors stay where they are.
+
+    Looking at every tensor anew costs ten times the step itself where the tensors are small. Not for copies of an
+    optimizer: the addresses are those of the original's tensors.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[int, tuple[SignUpdate, str]] = {}
+
+    def find(
+        self,
+        index: int,
+        group: Mapping[str, Any],
+        grads: Sequence[Tensor | None],
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> SignUpdate | None:
+        """The call for all parameters of a group, pointed to their gradients; None if there is none for them."""
+        if index not in self._calls or group["fused"] is False or group["foreach"] is not None:
+            return None
+        call, mode = self._calls[index]
+        params = group["params"]
+        exp_avgs = [state[param]["exp_avg"] for param in params]
+        if mode != _mode(group, params[0]) or not call.holds(params, exp_avgs) or not call.take_all(grads):
+            return None
+        return call
+
+    def keep(
+        self,
+        index: int,
+        group: Mapping[str, Any],
+        fused: Sequence[int],
+        state: Mapping[Tensor, dict[str, Any]],
+        numbers: Sequence[int],
+        **columns: Any,
+    ) -> None:
+        """Keep a call if the kernel took all parameters of the group at once, as `fused` (their indices) says."""
+        params = group["params"]
+        self._calls.pop(index, None)
+        if not params or len(fused) != len(params) or params[0].device.type != "cpu":
+            return
+        mode = _mode(group, params[0])
+        call = SignUpdate(
+            params,
+            [state[param]["exp_avg"] for param in params],
+            compensations=[state[param]["compensation"] for param in params] if mode == "kahan" else (),
+            numbers=numbers if mode == "stochastic" else (),
+            **columns,
+        )
+        self._calls[index] = (call, mode)
+
+    def clear(self) -> None:
+        """Forget all calls, for states that were replaced."""
+        self._calls.clear()
+
+
+def _mode(group: Mapping[str, Any], param: Tensor) -> str:
+    return resolve_rounding(group["rounding"], param.dtype)
