@@ -41,6 +41,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "danlu needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# Builds of torch for the CPU come without Triton, whose interpreter the tests of the GPU kernels need.
 # A stamp says which extras are installed; a change of the pins or of the project installs again.
 $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[lab]'
@@ -48,6 +49,7 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[lab,hf,test]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps triton
 	@touch $@ $(VENV)/.lab
 
 $(VENV)/.lint: pyproject.toml constraints.txt | $(BIN)/python

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -129,7 +130,8 @@ def test_every_module_imports():
     names = [module.name for module in pkgutil.walk_packages(danlu.__path__, "danlu.")]
     assert len(names) > 30
     for name in names:
-        importlib.import_module(name)
+        if not name.endswith("_triton") or importlib.util.find_spec("triton"):
+            importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from danlu.kernels.sign_update import mix
 from danlu.optim import Lion, Rounding, Tiger, lion
 from danlu.optim._rounding import (
     element_index,
     hashed_bits,
     hashed_normal,
     local_part,
-    mix,
     rounding_key,
     stochastically_rounded,
 )

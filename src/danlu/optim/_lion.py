@@ -14,10 +14,25 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_real
 from danlu.kernels.sign_update import LowPrecision, SignUpdate, dtypes_supported
-from danlu.optim._nonfinite import all_finite, event_counts, finite_flags, is_finite, parameter_name, raise_if_nonfinite
+from danlu.optim._nonfinite import (
+    Counts,
+    all_finite,
+    event_counts,
+    finite_flags,
+    is_finite,
+    parameter_name,
+    raise_if_nonfinite,
+)
 from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
 from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, resolve_rounding, write
-from danlu.optim._state import PreparedCalls, add_compensation, group_rounding, new_state, restore_state_tensors
+from danlu.optim._state import (
+    PreparedCalls,
+    add_compensation,
+    device_step,
+    group_rounding,
+    new_state,
+    restore_state_tensors,
+)
 from danlu.optim._traversal import (
     compute_dtype,
     decayed_add_,
@@ -69,6 +84,8 @@ class Lion(Optimizer):
         fused: True takes one compiled call for all tensors (CPU: C++, compiled on first use by the machine's compiler;
             CUDA: Triton) and raises where it cannot run; None takes it where it can, unless `foreach` is given.
         maximize: climb instead of descend; the momentum then still averages the gradients as they come.
+        capturable: keep what changes from step to step on the device, so that a CUDA graph of the fused step replays as
+            the step would run; give `lr` as a tensor there if it is to change.
 
     Returns:
         From `step`: what the closure returned, or None. `nonfinite_events` counts the gradients that were not finite
@@ -124,6 +141,7 @@ class Lion(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -136,6 +154,7 @@ class Lion(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "maximize": maximize,
+            "capturable": capturable,
             # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
             "step": 0,
         }
@@ -218,20 +237,24 @@ class Lion(Optimizer):
             if call is None:
                 self._step_group(g, group, grads[g], number)
             else:
-                bad = _call_lion(
+                _call_lion(
                     call,
+                    Counts(self._nonfinite_counts, group["params"]),
                     lr=group["lr"],
                     betas=group["betas"],
                     weight_decay=group["weight_decay"],
                     guard=group["nonfinite"] == "skip",
                     maximize=group["maximize"],
-                    rounding=Rounding(group["rounding"], group["seed"], group["step"]),
+                    rounding=Rounding(group["rounding"], group["seed"], self._bits_step(group)),
                 )
-                for i in bad:
-                    self._count(group["params"][i]).add_(1)
             number += len(group["params"])
             group["step"] += 1
+            if group["capturable"]:
+                group["device_step"].add_(1)
         return loss
+
+    def _bits_step(self, group: dict[str, Any]) -> int | Tensor:
+        return device_step(group, "device_step", group["step"])
 
     def _step_group(self, g: int, group: dict[str, Any], grads: Sequence[Tensor | None], first: int) -> None:
         """One group, whatever its tensors are; `first` is the number of its first parameter among all."""
@@ -253,18 +276,13 @@ class Lion(Optimizer):
             betas=group["betas"],
             weight_decay=group["weight_decay"],
             nonfinite="skip" if group["nonfinite"] == "skip" else "off",
-            nonfinite_counts=[self._count(param) for param in params],
-            rounding=group_rounding(group, group["step"], numbers, states),
+            nonfinite_counts=list(Counts(self._nonfinite_counts, params)),
+            rounding=group_rounding(group, self._bits_step(group), numbers, states),
             foreach=group["foreach"],
             fused=group["fused"],
             maximize=group["maximize"],
         )
         self._calls.keep(g, group, fused, self.state, numbers)
-
-    def _count(self, param: Tensor) -> Tensor:
-        if param not in self._nonfinite_counts:
-            self._nonfinite_counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
-        return self._nonfinite_counts[param]
 
 
 def lion(
@@ -347,17 +365,16 @@ def lion(
             if path == "fused":
                 taken += indices
                 call = prepare_call(lists, few)
-                for i in _call_lion(
+                _call_lion(
                     call,
+                    counts,
                     lr=lr,
                     betas=betas,
                     weight_decay=weight_decay,
                     guard=nonfinite == "skip",
                     maximize=maximize,
                     rounding=few,
-                ):
-                    if counts is not None:
-                        counts[i].add_(1)
+                )
                 continue
             update = {"loop": _single_tensor_lion, "blocks": _blocked_lion, "bucket": _multi_tensor_lion}[path]
             rate = as_float(lr)
@@ -376,6 +393,7 @@ def lion(
 
 def _call_lion(
     call: SignUpdate,
+    counts: Sequence[Tensor] | None,
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -383,15 +401,15 @@ def _call_lion(
     guard: bool,
     maximize: bool,
     rounding: Rounding,
-) -> list[int]:
-    """The compiled step; returns the indices of the tensors whose gradients are not finite."""
-    rate = as_float(lr)
-    return call.lion(
-        lr=-rate if maximize else rate,
+) -> None:
+    """The compiled step."""
+    call.lion(
+        lr=-lr if maximize else lr,
         betas=betas,
         weight_decay=-weight_decay if maximize else weight_decay,
         guard=guard,
-        low=LowPrecision(resolve_rounding(rounding.mode, call.params[0].dtype), rounding.seed, int(rounding.step)),
+        low=LowPrecision(resolve_rounding(rounding.mode, call.params[0].dtype), rounding.seed, rounding.step),
+        counts=counts,
     )
 
 

@@ -64,6 +64,27 @@ def parameter_name(param_groups: Sequence[Mapping[str, Any]], group: int, index:
     return names[index] if names else f"param_groups[{group}]['params'][{index}]"
 
 
+class Counts(Sequence[Tensor]):
+    """One counter of bad gradients per parameter, made on its device when it is asked for.
+
+    Args:
+        counts: where the counters are kept.
+        params: the parameters, in the order of the counters.
+    """
+
+    def __init__(self, counts: dict[Tensor, Tensor], params: Sequence[Tensor]) -> None:
+        self._counts, self._params = counts, params
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def __getitem__(self, index: int) -> Tensor:  # pyrefly: ignore[bad-override]
+        param = self._params[index]
+        if param not in self._counts:
+            self._counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+        return self._counts[param]
+
+
 def event_counts(param_groups: Sequence[Mapping[str, Any]], counts: Mapping[Tensor, Tensor]) -> dict[str, int]:
     """How many gradients were not finite, by parameter name; parameters without such an event are left out."""
     events: dict[str, int] = {}

@@ -31,8 +31,8 @@ def check_shared_options(group: Mapping[str, Any], nonfinite: Sequence[str]) -> 
     check_lr(group["lr"])
     check_real("weight_decay", group["weight_decay"], low=0.0)
     check_choice("nonfinite", group["nonfinite"], nonfinite)
-    for name in ("foreach", "fused", "maximize"):
-        optional = name != "maximize"
+    for name in ("foreach", "fused", "maximize", "capturable"):
+        optional = name in ("foreach", "fused")
         if name in group and not (isinstance(group[name], bool) or (optional and group[name] is None)):
             raise TypeError(f"{name} must be a bool{' or None' * optional}, got {group[name]!r}")
     if group.get("foreach") and group.get("fused"):

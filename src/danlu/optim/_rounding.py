@@ -6,8 +6,7 @@ rounding keeps it on average, and Kahan's compensation keeps it in a second tens
 The random bits are a hash of (seed, step, parameter, element) and nothing else: they do not touch the global random
 state, a resumed run repeats them, and every path (plain, blocked, compiled) draws the same ones.
 
-Source: Kahan (1965), "Further remarks on reducing truncation errors"; the mixing function is the finalizer of
-MurmurHash3 (A. Appleby, public domain).
+Source: Kahan (1965), "Further remarks on reducing truncation errors".
 
 Shape letters: `...` the shape of a parameter.
 """
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu._common.checks import check_choice, check_integer, is_low_precision
+from danlu.kernels.sign_update import first_key, mix
 
 __all__ = [
     "ROUNDINGS",
@@ -30,7 +30,6 @@ __all__ = [
     "element_index",
     "hashed_bits",
     "hashed_normal",
-    "mix",
     "read",
     "resolve_rounding",
     "rounding_key",
@@ -45,16 +44,6 @@ _MASK = 0xFFFFFFFF
 _FIRST, _SECOND = 0x85EBCA6B, 0xC2B2AE35
 # Of one integer per parameter, and of one per step: odd constants that spread small integers over 32 bits.
 _PARAMETER, _STEP = 0x9E3779B9, 0x7F4A7C15
-
-
-def mix(word: int) -> int:
-    """Hash of 32 bits, bijective."""
-    word &= _MASK
-    word ^= word >> 16
-    word = word * _FIRST & _MASK
-    word ^= word >> 13
-    word = word * _SECOND & _MASK
-    return word ^ (word >> 16)
 
 
 def _mix_tensor(words: Tensor) -> Tensor:
@@ -72,7 +61,7 @@ def _signed(word: int) -> int:
 
 def rounding_key(seed: int, parameter: int, step: int | Tensor) -> tuple[int, int | Tensor]:
     """Two words that, with the element's index, decide its random bits; a tensor `step` stays on its device."""
-    first = mix(mix(seed) + _PARAMETER * (parameter + 1))
+    first = first_key(seed, parameter)
     if isinstance(step, Tensor):
         words = (step.to(torch.int32) * _signed(_STEP)).bitwise_xor_(_signed(mix(first + 1)))
         return first, _mix_tensor(words)

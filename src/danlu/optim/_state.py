@@ -12,7 +12,7 @@ from danlu._common.checks import is_low_precision
 from danlu.kernels.sign_update import SignUpdate
 from danlu.optim._rounding import Rounding, resolve_rounding
 
-__all__ = ["PreparedCalls", "add_compensation", "group_rounding", "new_state", "restore_state_tensors"]
+__all__ = ["PreparedCalls", "add_compensation", "device_step", "group_rounding", "new_state", "restore_state_tensors"]
 
 
 def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -51,8 +51,19 @@ def restore_state_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -
                 optimizer.state[param][name] = value.detach().to(param.device, copy=True)
 
 
+def device_step(group: dict[str, Any], key: str, step: int) -> int | Tensor:
+    """The number of the step for the random bits; with `capturable` a tensor that a captured graph can count up."""
+    if not group["capturable"]:
+        return step
+    device = group["params"][0].device
+    if key not in group:
+        group[key] = torch.tensor(step, device=device)
+    group[key] = group[key].to(device)
+    return group[key]
+
+
 class PreparedCalls:
-    """Compiled calls on the CPU, one per group, kept while a group's tensors stay where they are.
+    """Compiled calls, one per group, kept while a group's tensors stay where they are.
 
     Looking at every tensor anew costs ten times the step itself where the tensors are small. Not for copies of an
     optimizer: the addresses are those of the original's tensors.
@@ -90,7 +101,7 @@ class PreparedCalls:
         """Keep a call if the kernel took all parameters of the group at once, as `fused` (their indices) says."""
         params = group["params"]
         self._calls.pop(index, None)
-        if not params or len(fused) != len(params) or params[0].device.type != "cpu":
+        if not params or len(fused) != len(params) or len({(p.device, p.dtype) for p in params}) > 1:
             return
         mode = _mode(group, params[0])
         call = SignUpdate(

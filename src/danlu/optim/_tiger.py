@@ -18,12 +18,19 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.kernels.sign_update import dtypes_supported
 from danlu.optim._in_backward import BackwardHooks, data_parallel_model, refuse_local_gradients
-from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
+from danlu.optim._nonfinite import Counts, event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
 from danlu.optim._param_groups import DECAYED, KINDS, Kind, kind_by_shape, parameter_groups
 from danlu.optim._rounding import Rounding, RoundingMode
 from danlu.optim._schedules import PiecewiseLinear, schedule_points
-from danlu.optim._state import PreparedCalls, add_compensation, group_rounding, new_state, restore_state_tensors
+from danlu.optim._state import (
+    PreparedCalls,
+    add_compensation,
+    device_step,
+    group_rounding,
+    new_state,
+    restore_state_tensors,
+)
 from danlu.optim._tiger_paths import (
     TigerStep,
     blocked,
@@ -107,6 +114,9 @@ class Tiger(Optimizer):
         fused: True takes one compiled call for all tensors (CPU: C++, compiled on first use by the machine's compiler;
             CUDA: Triton) and raises where it cannot run; None takes it where it can, unless `foreach` is given.
         maximize: climb instead of descend.
+        capturable: keep what changes from step to step on the device, so that a CUDA graph of the fused step replays as
+            the step would run; give `lr` as a tensor there if it is to change.
+            Only with `grad_accum_steps=1` and without `in_backward`.
 
     Returns:
         From `step`: what the closure returned, or None. `nonfinite_events` counts the gradients that were not finite
@@ -180,6 +190,7 @@ class Tiger(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -199,6 +210,7 @@ class Tiger(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "maximize": maximize,
+            "capturable": capturable,
             "kind": None,
             "center": 0.0,
             # The place in the accumulation cycle is part of the checkpoint, so it lives in the groups.
@@ -212,6 +224,8 @@ class Tiger(Optimizer):
             check_real("sign_power", sign_power, low=0.0, high=1.0)
         if in_backward and nonfinite == "raise":
             raise ValueError("nonfinite='raise' cannot leave all tensors unchanged with in_backward=True")
+        if in_backward and capturable:
+            raise ValueError("capturable=True cannot be combined with in_backward=True")
         self.micro_weight: float | None = None
         self.grad_scale: float | Tensor | None = None
         self._sign_power = sign_power
@@ -334,8 +348,14 @@ class Tiger(Optimizer):
                     numbers = self._numbers(g, chosen)
                     self._calls.keep(g, group, fused, self.state, numbers, **columns(group["params"], kinds))
             else:
-                compiled(call, _Counts(self, group["params"]), self._step_numbers(g, range(len(grads[g])), last))
+                compiled(
+                    call,
+                    Counts(self._nonfinite_counts, group["params"]),
+                    self._step_numbers(g, range(len(grads[g])), last),
+                )
             group["micro_step"] += 1
+            if group["capturable"] and "device_step" in group:
+                group["device_step"].add_(1)
             if last:
                 group["cycle_start"] = group["micro_step"]
         for param in self._received:
@@ -403,7 +423,7 @@ class Tiger(Optimizer):
             params,
             grads,
             [state["exp_avg"] for state in states],
-            [self._count(param) for param in params],
+            list(Counts(self._nonfinite_counts, params)),
             numbers,
             foreach=group["foreach"] if self._plain_sign() else False,
             fused=group["fused"] if self._plain_sign() else False,
@@ -422,13 +442,14 @@ class Tiger(Optimizer):
         share = 1.0 / group["cycle_length"] if group["average"] else 1.0
         if self.micro_weight is not None:
             share = self.micro_weight
-        rate = as_float(group["lr"])
-        factor = 1.0 if self._schedule is None else self._schedule(group["micro_step"])
+        rate = group["lr"]
+        if self._schedule is not None:
+            rate = rate * self._schedule(group["micro_step"])
         return TigerStep(
             kinds=[group["kind"] or kind_by_shape(param) for param in params],
             decays=decays,
             gain=(1 - group["beta"]) * share,
-            lr=(-rate if group["maximize"] else rate) * factor,
+            lr=-rate if group["maximize"] else rate,
             # Climbing is descending with -lr, except that the decay still pulls towards 0.
             weight_decay=-group["weight_decay"] if group["maximize"] else group["weight_decay"],
             update=last,
@@ -439,9 +460,14 @@ class Tiger(Optimizer):
             rms_floor=group["rms_floor"],
             vector_scale=group["vector_scale"],
             decay_vectors=group["kind"] is not None,
-            sign_power=self._power(group, rate * factor),
+            sign_power=self._power(group, rate),
             normalize_power=self._normalize_power,
-            rounding=group_rounding(group, group["micro_step"], self._numbers(g, chosen), states),
+            rounding=group_rounding(
+                group,
+                device_step(group, "device_step", group["micro_step"]),
+                self._numbers(g, chosen),
+                states,
+            ),
         )
 
     def _numbers(self, g: int, chosen: Sequence[int]) -> list[int]:
@@ -452,17 +478,13 @@ class Tiger(Optimizer):
     def _plain_sign(self) -> bool:
         return not callable(self._sign_power) and self._sign_power == 1.0
 
-    def _power(self, group: dict[str, Any], rate: float) -> float:
+    def _power(self, group: dict[str, Any], lr: float | Tensor) -> float:
         if not callable(self._sign_power):
             return float(self._sign_power)
+        rate = as_float(lr)
         initial = as_float(group.get("initial_lr", self.defaults["lr"]))
         power = self._sign_power(min(1.0, rate / initial) if initial > 0 else 1.0)
         return check_real("the value of sign_power", power, low=0.0, high=1.0)
-
-    def _count(self, param: Tensor) -> Tensor:
-        if param not in self._nonfinite_counts:
-            self._nonfinite_counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
-        return self._nonfinite_counts[param]
 
     def _name(self, param: Tensor) -> str:
         return parameter_name(self.param_groups, *self._places[param])
@@ -519,19 +541,6 @@ class Tiger(Optimizer):
                 if grad is not None
             }
         )
-
-
-class _Counts(Sequence[Tensor]):
-    """The counters of bad gradients of some parameters, made when one is needed."""
-
-    def __init__(self, optimizer: Tiger, params: Sequence[Tensor]) -> None:
-        self._optimizer, self._params = optimizer, params
-
-    def __len__(self) -> int:
-        return len(self._params)
-
-    def __getitem__(self, index: int) -> Tensor:  # pyrefly: ignore[bad-override]
-        return self._optimizer._count(self._params[index])
 
 
 def _clipped(grad: Tensor, limit: float) -> Tensor:
@@ -647,12 +656,11 @@ def tiger(
         raise ValueError(f"the lists must have one length, got {lengths}")
     for kind in kinds:
         check_choice("kinds", kind, KINDS)
-    rate = as_float(lr)
     step = TigerStep(
         kinds=kinds,
         decays=[1.0 if done else beta for done in already],
         gain=(1 - beta) * share,
-        lr=-rate if maximize else rate,
+        lr=-lr if maximize else lr,
         # Climbing is descending with -lr, except that the decay still pulls towards 0.
         weight_decay=-weight_decay if maximize else weight_decay,
         update=update,
@@ -692,6 +700,9 @@ def _run(
     fused: bool | None,
 ) -> list[int]:
     """Hand every tensor to the path that suits it; returns the indices of those that the compiled step took."""
+    if step.shrink_noise > 0 and fused is None and any(param.is_cuda for param in params):
+        # The noise is drawn by plain operations.
+        fused = False
     kernel = kernel_test(
         "sign_update", params, grads, exp_avgs, fused=fused, foreach=foreach, supported=dtypes_supported
     )
@@ -705,7 +716,7 @@ def _run(
             taken += indices
         else:
             run = {"loop": single_tensor, "blocks": blocked, "bucket": multi_tensor}[path]
-            run(*lists, few_counts, few)
+            run(*lists, few_counts, replace(few, lr=as_float(few.lr)))
     return taken
 
 
@@ -721,6 +732,8 @@ def _check_group(group: dict[str, Any]) -> None:
     if group["tensor_clip_norm"] is not None:
         check_real("tensor_clip_norm", group["tensor_clip_norm"], low=0.0, low_open=True)
     _check_switches(average=group["average"])
+    if group["capturable"] and group["grad_accum_steps"] > 1:
+        raise ValueError(f"grad_accum_steps must be 1 with capturable=True, got {group['grad_accum_steps']}")
     if group["kind"] is not None:
         check_choice("kind", group["kind"], KINDS)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from danlu.kernels.sign_update import LowPrecision, SignUpdate
 from danlu.optim._nonfinite import all_finite, finite_flags, is_finite
+from danlu.optim._options import as_float
 from danlu.optim._param_groups import DECAYED, Kind
 from danlu.optim._rounding import (
     Rounding,
@@ -36,7 +37,7 @@ class TigerStep:
     kinds: Sequence[Kind]
     decays: Sequence[float]
     gain: float
-    lr: float
+    lr: float | Tensor
     weight_decay: float
     update: bool
     shrink: float
@@ -49,6 +50,11 @@ class TigerStep:
     sign_power: float
     normalize_power: bool
     rounding: Rounding
+
+    @property
+    def rate(self) -> float:
+        """The learning rate as a number."""
+        return as_float(self.lr)
 
     def pick(self, indices: Sequence[int]) -> dict[str, Any]:
         """What differs by tensor, for the tensors at `indices`."""
@@ -149,7 +155,7 @@ def single_tensor(
         moved = theta
         if step.update:
             direction = step.direction(exp_avg) + step.decay_of(kind) * theta
-            moved = theta - step.lr * step.scale_of(theta, kind) * direction
+            moved = theta - step.rate * step.scale_of(theta, kind) * direction
         if finite is not None:
             moved = torch.where(finite, moved, step.shrunk(i, theta))
         if moved is not theta:
@@ -204,9 +210,9 @@ def blocked(
             if by_row:
                 rows = step.scale_of(theta, kind)
                 direction.add_(theta, alpha=step.decay_of(kind))
-                theta.sub_(direction.mul_(rows).mul_(step.lr))
+                theta.sub_(direction.mul_(rows).mul_(step.rate))
             else:
-                decayed_add_(theta, direction, step.lr * float(scale), step.decay_of(kind))
+                decayed_add_(theta, direction, step.rate * float(scale), step.decay_of(kind))
             write(block[0], theta, part)
 
 
@@ -254,7 +260,7 @@ def multi_tensor(
         for i, direction in enumerate(directions):
             kind = step.kinds[i]
             direction.add_(thetas[i], alpha=step.decay_of(kind)).mul_(step.scale_of(thetas[i], kind))
-        moved = list(torch._foreach_add(thetas, directions, alpha=-step.lr))
+        moved = list(torch._foreach_add(thetas, directions, alpha=-step.rate))
     if finite is not None and (step.update or step.shrink != 1.0):
         pairs = zip(finite, moved, thetas, strict=True)
         moved = [torch.where(f, m, step.shrunk(i, t)) for i, (f, m, t) in enumerate(pairs)]
@@ -269,8 +275,8 @@ def columns(params: Sequence[Tensor], kinds: Sequence[Kind]) -> dict[str, Any]:
     return {"rows": rows, "decayed": [kind in DECAYED for kind in kinds]}
 
 
-def compiled(call: SignUpdate, counts: Sequence[Tensor] | None, step: TigerStep) -> list[int]:
-    """The compiled micro-step; returns the indices of the tensors whose gradients are not finite."""
+def compiled(call: SignUpdate, counts: Sequence[Tensor] | None, step: TigerStep) -> None:
+    """The compiled micro-step."""
     bad = call.tiger(
         decays=step.decays,
         gain=step.gain,
@@ -278,12 +284,14 @@ def compiled(call: SignUpdate, counts: Sequence[Tensor] | None, step: TigerStep)
         weight_decay=step.weight_decay,
         vector_scale=step.vector_scale,
         rms_floor=step.rms_floor,
+        shrink=step.shrink,
+        center=step.center,
         update=step.update,
         decay_vectors=step.decay_vectors,
         guard=step.guard,
         low=LowPrecision(
-            resolve_rounding(step.rounding.mode, call.params[0].dtype), step.rounding.seed, int(step.rounding.step)
+            resolve_rounding(step.rounding.mode, call.params[0].dtype), step.rounding.seed, step.rounding.step
         ),
+        counts=counts,
     )
-    shrink_bad(call.params, bad, counts, step)
-    return bad
+    shrink_bad(call.params, bad, None, step)

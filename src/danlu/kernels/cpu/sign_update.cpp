@@ -45,7 +45,7 @@ struct Columns {
 };
 
 struct LionNumbers {
-  double lr, beta1, beta2, weight_decay;
+  double lr, near, far, weight_decay;
   int32_t guard, mode, threads;
   uint32_t seed, step;
 };
@@ -60,7 +60,7 @@ struct TigerNumbers {
 template <class P, class M, Mode mode>
 void lion_step(const Columns& c, const LionNumbers& o) {
   using F = arithmetic<P>;
-  const F near = 1 - o.beta1, far = 1 - o.beta2, lr = o.lr, wd = o.weight_decay;
+  const F near = o.near, far = o.far, lr = o.lr, wd = o.weight_decay;
   std::vector<uint8_t> good(1);
   if (o.guard && o.threads > 1) good.resize(pieces(c.n, c.numel, nullptr, PIECE).size());
   auto check = [&](const Piece& x, int64_t slot) {
