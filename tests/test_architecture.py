@@ -43,7 +43,6 @@ NO_TRIAL = {
 NO_TEST = {
     "attention/masks",
     "losses/targets",
-    "optim/nonfinite",
     "optim/options",
     "optim/state",
     "optim/tiger_paths",
