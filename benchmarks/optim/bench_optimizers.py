@@ -1,8 +1,9 @@
 """One step of Lion and Tiger beside their peers on the CPU: time, bytes moved, state held.
 
-25 million float32 parameters in 100 tensors of a transformer's shapes, one thread, all candidates interleaved in one
+33 million float32 parameters in 100 tensors of a transformer's shapes, one thread, all candidates interleaved in one
 process on parameters of their own. The floor is the bytes that a step must move, over the bandwidth that torch's fused
-SGD with momentum reaches on the same 20 bytes per parameter.
+SGD with momentum reaches on the same 20 bytes per parameter. Then 2000 tensors of 64 elements, where what counts is
+the work per tensor; then the bytes that are held between micro-batches.
 """
 
 import sys
@@ -21,14 +22,15 @@ from _measure import interleave, run_tests, save, show, summary
 from danlu.optim import Lion, Tiger
 
 ROUNDS = 15
-# 14 layers of seven tensors and two more: 100 tensors, 24.9 million parameters.
-SHAPES = [(368, 368)] * 4 + [(1472, 368), (368, 1472), (368,)]
-SHAPES = SHAPES * 14 + [(8192, 368), (368, 1024)]
+# 14 layers of seven tensors and two more: 100 tensors, 33.1 million parameters.
+SHAPES = [(414, 414)] * 4 + [(1656, 414), (414, 1656), (414,)]
+SHAPES = SHAPES * 14 + [(9216, 414), (414, 1152)]
+SMALL = [(64,)] * 2000
 
 
-def parameters() -> list[nn.Parameter]:
+def parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in SHAPES]
+    params = [nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in shapes]
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator)
     return params
@@ -40,13 +42,16 @@ def tiger_groups(params: list[nn.Parameter]) -> list[dict]:
     return [{"params": group, "kind": kind} for kind, group in {**kinds, "matrix": rest}.items()]
 
 
-# Name, constructor, bytes that a step must move per parameter.
+# Name, constructor, bytes that a step must move per parameter. With the look for bad gradients the gradient of a
+# tensor beyond the cache is read twice; the floor leaves that out.
 CANDIDATES = {
     "danlu Lion": (lambda p: Lion(p, weight_decay=0.1), 20),
     "danlu Lion (guard off)": (lambda p: Lion(p, weight_decay=0.1, nonfinite="off"), 20),
+    "danlu Lion (foreach)": (lambda p: Lion(p, weight_decay=0.1, foreach=True), 20),
     "danlu Lion (loop, reference)": (lambda p: Lion(p, weight_decay=0.1, foreach=False), 20),
     "danlu Tiger": (lambda p: Tiger(tiger_groups(p)), 24),
     "danlu Tiger (guard off)": (lambda p: Tiger(tiger_groups(p), nonfinite="off"), 24),
+    "danlu Tiger (foreach)": (lambda p: Tiger(tiger_groups(p), foreach=True), 24),
     "danlu Tiger (loop, reference)": (lambda p: Tiger(tiger_groups(p), foreach=False), 24),
     "pytorch_optimizer Lion": (lambda p: pytorch_optimizer.Lion(p, weight_decay=0.1), 20),
     "pytorch_optimizer Lion (foreach)": (lambda p: pytorch_optimizer.Lion(p, weight_decay=0.1, foreach=True), 20),
@@ -55,6 +60,13 @@ CANDIDATES = {
     "torch AdamW (fused)": (lambda p: torch.optim.AdamW(p, fused=True), 28),
     "torch SGD momentum (fused)": (lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, fused=True), 20),
 }
+SMALL_CANDIDATES = {
+    "danlu Lion": lambda p: Lion(p),
+    "danlu Tiger": lambda p: Tiger([{"params": p, "kind": "vector"}]),
+    "pytorch_optimizer Lion": lambda p: pytorch_optimizer.Lion(p),
+    "torch AdamW (fused)": lambda p: torch.optim.AdamW(p, fused=True),
+    "torch SGD momentum (fused)": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, fused=True),
+}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -62,55 +74,76 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(v.numel() * v.element_size() for v in tensors if v.ndim > 0)
 
 
+ACCUMULATION = {
+    "torch AdamW + accumulation": lambda net, k: torch.optim.AdamW(net.parameters()),
+    "danlu Lion + accumulation": lambda net, k: Lion(net.parameters()),
+    "danlu Tiger": lambda net, k: Tiger(net, grad_accum_steps=k),
+    "danlu Tiger (in backward)": lambda net, k: Tiger(net, grad_accum_steps=k, in_backward=True),
+}
+
+
 def accumulation_memory(k: int = 4) -> dict[str, dict[str, object]]:
-    """Bytes per parameter of optimizer state, and of gradients kept between micro-batches, over k micro-batches."""
+    """Bytes per parameter over k micro-batches: weights, optimizer state, gradients at their peak, and kept between.
+
+    The peak is at the end of a backward pass, or for the step inside it at the largest single gradient, which the
+    hooks of this function see before they are handed over.
+    """
     rows = {}
-    for name in ("torch AdamW + accumulation", "danlu Lion + accumulation", "danlu Tiger (in the momentum)"):
+    for name, make in ACCUMULATION.items():
         net = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(8)])
-        count = sum(p.numel() for p in net.parameters())
-        if "Tiger" in name:
-            optimizer = Tiger(net, grad_accum_steps=k)
-        else:
-            optimizer = (torch.optim.AdamW if "AdamW" in name else Lion)(net.parameters())
+        params = list(net.parameters())
+        count = sum(p.numel() for p in params)
+        peak = [0]
+
+        def look(_: object = None, params: list = params, peak: list = peak) -> None:
+            peak[0] = max(peak[0], sum(p.grad.numel() * 4 for p in params if p.grad is not None))
+
+        for p in params:
+            p.register_post_accumulate_grad_hook(look)
+        optimizer = make(net, k)
         kept = 0
         for step in range(2 * k):
             net(torch.ones(4, 256)).square().mean().backward()
-            if "Tiger" in name or (step + 1) % k == 0:
+            look()
+            if isinstance(optimizer, Tiger) or (step + 1) % k == 0:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             if (step + 1) % k:
-                kept = max(kept, sum(p.grad.numel() * 4 for p in net.parameters() if p.grad is not None))
+                kept = max(kept, sum(p.grad.numel() * 4 for p in params if p.grad is not None))
         held = state_bytes(optimizer)
         rows[name] = {
             "state_B_per_param": held / count,
             "kept_grad_B_per_param": kept / count,
-            "sum": (held + kept) / count,
+            "peak_grad_B_per_param": peak[0] / count,
+            "weights+state+peak": (4 * count + held + peak[0]) / count,
         }
     return rows
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    run_tests("tests/optim/test_lion.py", "tests/optim/test_tiger.py")
+    run_tests("tests/optim/test_lion.py", "tests/optim/test_tiger.py", "tests/kernels/test_sign_update.py")
     torch.set_num_threads(1)
-    count = sum(p.numel() for p in parameters())
-    optimizers = {name: make(parameters()) for name, (make, _) in CANDIDATES.items()}
+    count = sum(p.numel() for p in parameters(SHAPES))
+    optimizers = {name: make(parameters(SHAPES)) for name, (make, _) in CANDIDATES.items()}
     times = interleave({name: optimizer.step for name, optimizer in optimizers.items()}, rounds=ROUNDS)
-    rows = summary(times, "pytorch_optimizer Lion")
+    rows = summary(times, "torch AdamW (fused)")
     bandwidth = 20 * count / (rows["torch SGD momentum (fused)"]["median_ms"] / 1e3)
     for name, row in rows.items():
         moved = CANDIDATES[name][1]
         row["floor_ms"] = 1e3 * moved * count / bandwidth
         row["B_moved_per_param"] = float(moved)
         row["state_B_per_param"] = state_bytes(optimizers[name]) / count
-    show(f"one step, {count / 1e6:.1f} M parameters in {len(SHAPES)} tensors, {ROUNDS} rounds", rows)
+    show(f"one step, {count / 1e6:.1f} M parameters in {len(SHAPES)} tensors, {ROUNDS} rounds, ratio to AdamW", rows)
     print(f"bandwidth of the floor: {bandwidth / 1e9:.1f} GB/s (torch SGD momentum fused, 20 B per parameter)")
+    small = {name: make(parameters(SMALL)).step for name, make in SMALL_CANDIDATES.items()}
+    small_rows = summary(interleave(small, rounds=3 * ROUNDS), "torch SGD momentum (fused)")
+    show(f"one step, {len(SMALL)} tensors of {SMALL[0][0]}, ratio to SGD with momentum", small_rows)
     memory = accumulation_memory()
-    show("memory between micro-batches, k = 4, bytes per parameter", memory)
-    path = save(
-        "optimizers",
-        {"parameters": count, "tensors": len(SHAPES), "rounds": ROUNDS, "step": rows, "accumulation": memory},
-    )
+    show("memory over micro-batches, k = 4, bytes per parameter", memory)
+    content = {"parameters": count, "tensors": len(SHAPES), "rounds": ROUNDS, "ratio_to": "torch AdamW (fused)"}
+    content |= {"step": rows, "small_ratio_to": "torch SGD momentum (fused)", "small": small_rows}
+    path = save("optimizers", {**content, "accumulation": memory})
     print(f"written to {path.relative_to(Path(__file__).parents[2])}")
 
 
