@@ -9,7 +9,7 @@ import torch
 from oracles import TigerOracle
 from torch import nn
 
-from danlu.optim import Rounding, Tiger, parameter_groups, tiger
+from danlu.optim import Rounding, Tiger, parameter_groups, piecewise_linear, tiger
 from danlu.optim._tiger_paths import TigerStep, multi_tensor, single_tensor
 
 TENSORS = {"matrix": (5, 7), "embedding": (6, 4), "vector": (3,), "norm_scale": (4,)}
@@ -453,3 +453,110 @@ def test_in_the_trainer_of_transformers(tmp_path):
     plain = transformers.Trainer(net, arguments, train_dataset=rows, optimizer_cls_and_kwargs=(Tiger, {"lr": 1e-2}))
     with pytest.warns(UserWarning, match="parameter_groups"):
         plain.create_optimizer()
+
+
+def run_quadratic(steps=12, grads=None, **options):
+    """One float64 matrix under given or random gradients."""
+    p = nn.Parameter(torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4))
+    optimizer = Tiger([{"params": [("w", p)], "kind": "matrix"}], lr=0.05, weight_decay=0.1, **options)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        p.grad = grads[step] if grads else torch.randn(3, 4, dtype=torch.float64, generator=generator)
+        optimizer.step()
+    return p.detach(), optimizer
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_the_power_goes_from_the_sign_to_the_momentum(foreach):
+    assert torch.equal(run_quadratic(sign_power=1.0, foreach=foreach)[0], run_quadratic(foreach=foreach)[0])
+    found, optimizer = run_quadratic(sign_power=0.0, foreach=foreach)
+    theta, m = torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4), torch.zeros(3, 4, dtype=torch.float64)
+    for step in range(12):
+        g = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        m = 0.965 * m + 0.035 * g
+        theta = theta - 0.05 * theta.square().mean().sqrt() * (m + 0.1 * theta)
+    torch.testing.assert_close(found, theta, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(next(iter(optimizer.state.values()))["exp_avg"], m, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.3, 0.7])
+def test_a_normalized_power_moves_as_far_as_the_sign(power):
+    p = nn.Parameter(torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4))
+    before = p.detach().clone()
+    groups = [{"params": [("w", p)], "kind": "matrix"}]
+    optimizer = Tiger(groups, lr=0.05, weight_decay=0.0, sign_power=power, normalize_power=True)
+    p.grad = torch.randn(3, 4, dtype=torch.float64)
+    optimizer.step()
+    moved = (p.detach() - before).square().mean().sqrt()
+    torch.testing.assert_close(moved, 0.05 * before.square().mean().sqrt(), rtol=1e-12, atol=0)
+    zero = nn.Parameter(torch.ones(2))
+    zero.grad = torch.zeros(2)
+    groups = [{"params": [("z", zero)], "kind": "vector"}]
+    Tiger(groups, sign_power=power, normalize_power=True).step()
+    assert torch.equal(zero, torch.ones(2))
+
+
+def test_a_power_that_follows_the_learning_rate():
+    seen = []
+
+    def power(ratio):
+        seen.append(round(ratio, 6))
+        return math.sqrt(ratio)
+
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Tiger([{"params": [("w", p)], "kind": "vector"}], lr=0.1, sign_power=power)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for _ in range(3):
+        p.grad = torch.ones(2)
+        optimizer.step()
+        scheduler.step()
+    assert seen == [1.0, 0.5, 0.25]
+    bad = Tiger([{"params": [("w", p)], "kind": "vector"}], sign_power=lambda ratio: 2.0)
+    with pytest.raises(ValueError, match="the value of sign_power must be in"):
+        bad.step()
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_noise_when_a_tensor_shrinks(foreach):
+    def shrunk(noise, seed=0):
+        p = nn.Parameter(torch.full((4000,), 2.0))
+        groups = [{"params": [("w", p)], "kind": "matrix", "center": 0.5}]
+        optimizer = Tiger(groups, shrink=0.9, shrink_noise=noise, seed=seed, foreach=foreach)
+        p.grad = torch.full((4000,), math.nan)
+        before = torch.get_rng_state()
+        optimizer.step()
+        assert torch.equal(before, torch.get_rng_state())
+        return p.detach().double()
+
+    torch.testing.assert_close(shrunk(0.0), torch.full((4000,), 1.85).double(), rtol=1e-6, atol=0)
+    noisy = shrunk(0.1)
+    assert noisy.mean().item() == pytest.approx(1.85, abs=5 * 0.2 / 4000**0.5)
+    assert noisy.std().item() == pytest.approx(0.2, rel=0.06)
+    assert torch.equal(noisy, shrunk(0.1))
+    assert not torch.equal(noisy, shrunk(0.1, seed=1))
+
+
+def test_the_norm_of_each_gradient_is_limited():
+    large = [torch.full((3, 4), 10.0, dtype=torch.float64)] * 3
+    limited = [torch.full((3, 4), 1 / 12**0.5, dtype=torch.float64)] * 3
+    for foreach in (None, True, False):
+        _, first = run_quadratic(3, large, tensor_clip_norm=1.0, foreach=foreach)
+        _, second = run_quadratic(3, limited, foreach=foreach)
+        for a, b in zip(first.state.values(), second.state.values(), strict=True):
+            torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-12, atol=0)
+    p, optimizer = run_quadratic(1, [torch.full((3, 4), math.inf, dtype=torch.float64)], tensor_clip_norm=1.0)
+    assert p.isfinite().all()
+    assert optimizer.nonfinite_events == {"w": 1}
+
+
+def test_a_schedule_of_its_own_equals_the_scheduler():
+    points = {4: 1.0, 8: 0.25}
+    own, _ = run_quadratic(lr_schedule=points)
+    p = nn.Parameter(torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4))
+    optimizer = Tiger([{"params": [("w", p)], "kind": "matrix"}], lr=0.05, weight_decay=0.1)
+    scheduler = piecewise_linear(optimizer, points)
+    for step in range(12):
+        p.grad = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close(p.detach(), own, rtol=1e-14, atol=0)
