@@ -25,6 +25,8 @@ FAMILIES = sorted(
 # Files of a family that are not methods, with the reason why they have no trial of their own.
 NO_TRIAL = {
     "attention/masks": "visibility rules shared by the attention functions",
+    "diagnostics/bfgs": "the minimizer of the fits",
+    "diagnostics/sum_of_powers": "what the fits share",
     "losses/linear": "an engine; its losses have trials",
     "losses/targets": "checks shared by the losses",
     "optim/in_backward": "a mode of Tiger; the trial accumulation_memory measures it",
@@ -42,6 +44,7 @@ NO_TRIAL = {
 # Private files whose tests are those of the public functions that use them.
 NO_TEST = {
     "attention/masks",
+    "diagnostics/sum_of_powers",
     "losses/targets",
     "optim/options",
     "optim/state",

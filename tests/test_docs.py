@@ -94,7 +94,7 @@ def test_links_resolve(page):
 
 
 def test_every_public_name_has_an_api_page():
-    for family in ("simplex", "positions", "optim", "losses", "attention"):
+    for family in ("simplex", "positions", "optim", "losses", "attention", "diagnostics"):
         page = (ROOT / "docs" / "api" / f"{family}.md").read_text()
         assert f"::: danlu.{family}" in page
     for name in ("danlu.integrations.transformers", "danlu.lab.trial", "danlu.lab.runner", "danlu.lab.stats"):
