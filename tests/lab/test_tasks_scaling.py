@@ -154,7 +154,7 @@ def test_scaling_metrics_of_known_losses():
     assert found["quanta"]["error"] == pytest.approx(0.0, abs=1e-6)
     assert found["equal"]["error"] == pytest.approx(0.5 - 1 / 3, abs=1e-6)
     assert found["measured"]["consistent"] == found["measured"]["excludes_equality"] == 1.0
-    assert found["measured"]["loss@samples_1000"] == pytest.approx(0.3)
+    assert found["measured"]["loss@samples_8000"] == pytest.approx(0.2)
 
 
 def test_text_scaling_reads_losses_as_it_says(monkeypatch):

@@ -169,7 +169,7 @@ class SparseParityScaling:
     """
 
     widths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
-    samples: tuple[int, ...] = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
+    samples: tuple[int, ...] = (2000, 4000, 8000, 16_000, 32_000, 64_000, 128_000)
     gamma: float = 0.6
 
     @property

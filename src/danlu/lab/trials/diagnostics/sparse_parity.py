@@ -49,7 +49,7 @@ TRIAL = Trial(
             seeds=3,
             options={"tasks": 12, "bits": 10, "width": 64, "batch_size": 512, "lr": 0.01, "samples_per_task": 32},
         ),
-        "demo": Budget(steps=1000, seeds=5, options={"tasks": 100, "width": 128, "batch_size": 512}),
+        "demo": Budget(steps=2000, seeds=5, options={"tasks": 100, "width": 128, "batch_size": 1024}),
         "report": Budget(steps=3000, seeds=5),
         "gpu": Budget(
             steps=20_000,
