@@ -1,7 +1,7 @@
 """Scaling laws on one CPU thread: a fit with its bootstrap beside scipy's multi-start fits, and the sampler's rate.
 
 The fit: 20 points, 200 replicates. The peer does what a script does: L-BFGS-B with numerical gradients from a grid of
-12 starts, once for every replicate; it is timed on a few replicates and scaled, as all of them would take minutes. With
+12 starts, once for every replicate; it is timed on a few replicates and scaled. With
 the analytic gradient it is the strongest that scipy has. The sampler: samples of 32 bits beside plain numpy; the floor
 is a copy of the bytes that a sample holds.
 """
@@ -22,7 +22,7 @@ from danlu.diagnostics import MultitaskSparseParity, fit_power_law
 
 ROUNDS = 5
 REPLICATES = 200
-TIMED_REPLICATES = 2
+TIMED_REPLICATES = 10
 DELTA = 1e-3
 SAMPLES = 200_000
 
