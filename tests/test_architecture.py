@@ -27,7 +27,10 @@ NO_TRIAL = {
     "attention/masks": "visibility rules shared by the attention functions",
     "diagnostics/bfgs": "the minimizer of the fits",
     "diagnostics/sum_of_powers": "what the fits share",
+    "diagnostics/gradient_penalty": "reports only; the trial losses/gradient_penalty measures what it bounds",
+    "losses/ghost_norms": "the per-sample scope of losses/gradient_penalty",
     "losses/linear": "an engine; its losses have trials",
+    "losses/second_gradients": "what the gradient penalties share",
     "losses/targets": "checks shared by the losses",
     "optim/in_backward": "a mode of Tiger; the trial accumulation_memory measures it",
     "optim/nonfinite": "what the optimizers share",
@@ -45,6 +48,7 @@ NO_TRIAL = {
 NO_TEST = {
     "attention/masks",
     "diagnostics/sum_of_powers",
+    "losses/second_gradients",
     "losses/targets",
     "optim/options",
     "optim/state",

@@ -97,7 +97,13 @@ def test_every_public_name_has_an_api_page():
     for family in ("simplex", "positions", "optim", "losses", "attention", "diagnostics"):
         page = (ROOT / "docs" / "api" / f"{family}.md").read_text()
         assert f"::: danlu.{family}" in page
-    for name in ("danlu.integrations.transformers", "danlu.lab.trial", "danlu.lab.runner", "danlu.lab.stats"):
+    for name in (
+        "danlu.integrations.transformers",
+        "danlu.integrations.transformers_penalty",
+        "danlu.lab.trial",
+        "danlu.lab.runner",
+        "danlu.lab.stats",
+    ):
         assert any(f"::: {name}" in path.read_text() for path in (ROOT / "docs" / "api").glob("*.md")), name
 
 

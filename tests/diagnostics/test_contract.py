@@ -1,12 +1,15 @@
-"""What every diagnostic promises: it looks and does not touch."""
+"""What every diagnostic promises: it only looks. Nothing has a graph, and no gradient or parameter changes."""
 
+import copy
 import dataclasses
 import inspect
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import danlu.diagnostics as family
+from danlu.diagnostics import gradient_penalty_bound
 
 X = [1.0, 10.0, 100.0, 1000.0, 10000.0]
 RESULTS = [name for name in family.__all__ if dataclasses.is_dataclass(getattr(family, name))]
@@ -38,3 +41,32 @@ def test_functions_take_options_by_keyword():
         if inspect.isfunction(target):
             for parameter in inspect.signature(target).parameters.values():
                 assert (parameter.default is parameter.empty) != (parameter.kind is parameter.KEYWORD_ONLY), name
+
+
+def bound(model: nn.Module) -> list[Tensor]:
+    found = gradient_penalty_bound(model, torch.ones(2, 3), lambda z: z.square().sum(1))
+    return [value for value in vars(found).values() if isinstance(value, Tensor)]
+
+
+# Every public function that looks at a model: model -> the tensors that it reports.
+ON_MODELS = {"gradient_penalty_bound": bound}
+
+
+@pytest.mark.parametrize("name", ON_MODELS)
+def test_looking_changes_nothing(name):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with torch.no_grad():
+        values = ON_MODELS[name](model)
+    again = ON_MODELS[name](model)
+    for first, second in zip(values, again, strict=True):
+        assert not first.requires_grad
+        assert torch.equal(first, second)
+    for (key, old), new in zip(before.items(), model.state_dict().values(), strict=True):
+        assert torch.equal(old, new), key
+    for parameter in model.parameters():
+        assert parameter.requires_grad
+        assert (parameter.grad == 7.0).all()
+    assert torch.equal(random, torch.get_rng_state())

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import danlu.losses as family
-from danlu.losses import CrossEntropy, TaiLr, TaiLrLoss, linear_loss, linear_tailr_loss, tailr_loss
+from danlu.losses import (
+    CrossEntropy,
+    GradientPenalty,
+    TaiLr,
+    TaiLrLoss,
+    input_gradient_penalty,
+    linear_loss,
+    linear_tailr_loss,
+    parameter_gradient_penalty,
+    tailr_loss,
+)
 
 CLASSES = 7
 HEAD = torch.eye(CLASSES, dtype=torch.float64)
@@ -36,6 +46,19 @@ CASES = {
 }
 losses = pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
 NOT_A_LOSS = {"tailr_unbias", "TaiLrLoss"}
+# Terms of a loss that look at its gradient, so (scores, targets) is not their signature; decision 8. Each as a function
+# of (function that computes the loss, model, inputs).
+PENALTIES: dict[str, Callable[[Callable[[], Tensor], nn.Module, Tensor], Tensor]] = {
+    "input_gradient_penalty": lambda loss, model, x: input_gradient_penalty(loss(), x),
+    "parameter_gradient_penalty": lambda loss, model, x: parameter_gradient_penalty(loss, model)[1],
+    "parameter_gradient_penalty_finite_difference": lambda loss, model, x: parameter_gradient_penalty(
+        loss, model, method="finite_difference", radius=1e-4, central=True
+    )[1],
+    "parameter_gradient_penalty_per_sample": lambda loss, model, x: parameter_gradient_penalty(
+        loss, model, scope="per_sample"
+    )[1],
+    "GradientPenalty": lambda loss, model, x: GradientPenalty(model, input=1.0, parameter=1.0)(loss, x) - loss().mean(),
+}
 
 
 def batch(rows: int = 8, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -45,7 +68,7 @@ def batch(rows: int = 8, *, dtype: torch.dtype = torch.float64, seed: int = 0) -
 
 
 def test_every_public_name_is_covered():
-    assert set(family.__all__) == {name for name in family.__all__ if name in CASES} | NOT_A_LOSS
+    assert set(family.__all__) == {name for name in family.__all__ if name in CASES or name in PENALTIES} | NOT_A_LOSS
     assert inspect.isclass(family.TaiLrLoss)
 
 
@@ -219,3 +242,33 @@ def test_module_equals_function():
     module.gamma = 0.9
     assert torch.equal(module(logits, target), tailr_loss(logits, target, **{**options, "gamma": 0.9}))
     assert torch.equal(TaiLrLoss()(logits, target, normalizer=5), tailr_loss(logits, target, normalizer=5))
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())
+def test_penalties_are_squares_of_gradients(penalty):
+    """A non-negative scalar, quadratic in the loss, differentiable in the parameters, and without side effects."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
+    _, target = batch()
+    x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+
+    def scaled(factor: float) -> Callable[[], Tensor]:
+        return lambda: factor * F.cross_entropy(model(x), target, reduction="none")
+
+    value = penalty(scaled(1.0), model, x)
+    assert value.shape == ()
+    assert value > 0
+    assert all(tensor.grad is None for tensor in (x, *model.parameters()))
+    torch.testing.assert_close(penalty(scaled(3.0), model, x), 9 * value)
+    torch.testing.assert_close(penalty(lambda: scaled(1.0)().mean(), model, x), value)
+    assert penalty(scaled(0.0), model, x) == 0
+    weight = model[0].weight
+    grad = torch.autograd.grad(value, weight)[0]
+    step = torch.zeros_like(weight)
+    step[2, 1] = 1e-5
+    with torch.no_grad():
+        weight += step
+    ahead = penalty(scaled(1.0), model, x)
+    with torch.no_grad():
+        weight -= 2 * step
+    slope = (ahead - penalty(scaled(1.0), model, x)).detach() / 2e-5
+    torch.testing.assert_close(grad[2, 1], slope, rtol=1e-5, atol=1e-8)

@@ -1,5 +1,6 @@
-"""Diagnostics, a tensor or a model to numbers to look at: scaling laws and the data sets that test them."""
+"""Diagnostics: numbers to look at, from tensors, models and measured losses; never part of a loss."""
 
+from danlu.diagnostics._gradient_penalty import GradientPenaltyBound, gradient_penalty_bound
 from danlu.diagnostics._power_law import (
     JointFit,
     PowerLawFit,
@@ -13,6 +14,7 @@ from danlu.diagnostics._sparse_parity import MultitaskSparseParity, TaskScores, 
 
 __all__ = [
     "Emergence",
+    "GradientPenaltyBound",
     "JointFit",
     "MultitaskSparseParity",
     "PowerLawFit",
@@ -23,5 +25,6 @@ __all__ = [
     "check_quanta_relation",
     "fit_joint",
     "fit_power_law",
+    "gradient_penalty_bound",
     "learning_times",
 ]
