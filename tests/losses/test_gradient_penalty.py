@@ -296,6 +296,20 @@ def test_parameters_are_restored_bit_for_bit_also_after_an_error(central):
         assert torch.equal(value, before[key]), key
 
 
+@pytest.mark.parametrize("central", [False, True])
+def test_subtraction_restores_up_to_rounding_and_gives_the_same_gradient(central):
+    model, (x, y) = mlp(torch.float32), batch(torch.float32)
+    penalty = GradientPenalty(model, parameter=0.1, method="finite_difference", central=central)
+    before = flat(model.parameters()).detach().clone()
+    found = []
+    for restore in ("copy", "subtract"):
+        model.zero_grad()
+        penalty.backward(partial(losses, model, x, y), restore=restore)
+        found.append(flat(p.grad for p in model.parameters()))
+    assert torch.equal(*found)
+    torch.testing.assert_close(flat(model.parameters()).detach(), before, rtol=2**-22, atol=2e-9)
+
+
 def test_zero_gradient_gives_a_zero_penalty_with_zero_gradient():
     model = nn.Linear(2, 1).double()
     closure = lambda: (0 * model(torch.ones(3, 2, dtype=torch.float64))).square().sum(1)  # noqa: E731
@@ -594,6 +608,12 @@ def test_bad_calls_of_the_loop():
     hidden = batch()[0].requires_grad_() * 1
     with pytest.raises(ValueError, match="inputs must be a leaf"):
         both(lambda: model(hidden).sum(1), hidden)
+    with pytest.raises(ValueError, match="restore must be one of 'copy', 'subtract', got 'none'"):
+        both.backward(lambda: model(hidden).sum(1), restore="none")
+    with pytest.raises(ValueError, match="no meaning with an input penalty"):
+        both.backward(lambda: model(hidden).sum(1), restore="subtract")
+    with pytest.raises(ValueError, match="which moves nothing"):
+        penalty.backward(lambda: model(hidden).sum(1), restore="subtract")
     assert penalty.step == both.step == 0
 
 

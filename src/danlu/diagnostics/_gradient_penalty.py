@@ -68,8 +68,8 @@ class GradientPenaltyBound:
         >>> import torch
         >>> from danlu.diagnostics import gradient_penalty_bound
         >>> bound = gradient_penalty_bound(torch.nn.Linear(3, 1), torch.ones(2, 3), lambda z: z[:, 0])
-        >>> bound.ratio, bound.degenerate
-        (tensor([1., 1.]), tensor([False, False]))
+        >>> torch.allclose(bound.ratio, torch.ones(2)), bound.degenerate
+        (True, tensor([False, False]))
     """
 
     lhs: Tensor

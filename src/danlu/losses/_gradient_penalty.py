@@ -32,6 +32,7 @@ __all__ = ["GradientPenalty", "input_gradient_penalty", "parameter_gradient_pena
 
 Method = Literal["double_backward", "finite_difference"]
 Scope = Literal["batch", "per_sample"]
+Restore = Literal["copy", "subtract"]
 
 
 def input_gradient_penalty(loss: Tensor, inputs: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -168,8 +169,8 @@ def parameter_gradient_penalty(
 
     Cost:
         In plain steps: double backward 3, finite difference 2 (central 3), per sample 2. Finite differences hold
-        three parameter-sized tensors beyond a plain step, and one in
-        [`GradientPenalty.backward`][danlu.losses.GradientPenalty]. Per sample and layer the smaller of $T^2$ and
+        up to three parameter-sized tensors beside the activations; fewer in
+        [`GradientPenalty`][danlu.losses.GradientPenalty]. Per sample and layer the smaller of $T^2$ and
         $D_\text{in} D_\text{out}$ numbers are held for $T > 1$ positions.
 
     Differences:
@@ -243,8 +244,9 @@ class GradientPenalty:
         Under DDP and FSDP2 `backward` penalizes the gradient of the global batch, a call that of the local one.
 
     Cost:
-        As in the functions. `backward` with finite differences holds one parameter-sized tensor beyond a plain step if
-        gradients are None before it.
+        As in the functions. `backward` with finite differences holds two parameter-sized tensors beside the
+        activations of its second pass, the gradient and a copy of the parameters, and with `restore="subtract"` one.
+        Gradients that are not None before it are one more.
 
     Differences:
         Takes the model and not an optimizer: an optimizer does not know the buffers that the second pass must not
@@ -338,8 +340,28 @@ class GradientPenalty:
                 total = total + on_input * penalty
         return total
 
-    def backward(self, loss: Callable[[], Tensor], inputs: Tensor | None = None, *, step: int | None = None) -> Tensor:
-        """Add the gradients of the mean loss and of the weighted penalties to `grad`; return the mean loss."""
+    def backward(
+        self,
+        loss: Callable[[], Tensor],
+        inputs: Tensor | None = None,
+        *,
+        step: int | None = None,
+        restore: Restore = "copy",
+    ) -> Tensor:
+        """Add the gradients of the mean loss and of the weighted penalties to `grad`; return the mean loss.
+
+        Args:
+            loss: as in a call.
+            inputs: as in a call.
+            step: as in a call.
+            restore: how the parameters come back from the step of a finite difference: "copy" is exact; "subtract"
+                saves the copy, and leaves rounding errors of about one unit in the last place.
+        """
+        check_choice("restore", restore, ("copy", "subtract"))
+        if restore == "subtract" and self.method != "finite_difference":
+            raise ValueError("restore='subtract' has no meaning with method='double_backward', which moves nothing")
+        if restore == "subtract" and self.input:
+            raise ValueError("restore='subtract' has no meaning with an input penalty, which needs the graph anyway")
         on_input, on_parameter = self.weights(self.step if step is None else step)
         if on_input or not on_parameter or self.method != "finite_difference":
             value: list[Tensor] = []
@@ -355,7 +377,7 @@ class GradientPenalty:
         params = _trainable(self.model)
         with full_precision(params[0].device):
             value_, penalty = _finite_difference_in_place(
-                loss, self.model, params, on_parameter, self.radius, self.central
+                loss, self.model, params, on_parameter, self.radius, self.central, restore
             )
         self.values = {"parameter": penalty}
         return value_
@@ -485,11 +507,11 @@ def _finite_difference_in_place(
     weight: float,
     radius: float,
     central: bool,
+    restore: Restore,
 ) -> tuple[Tensor, Tensor]:
     r"""Add $(1-c)\,g + c\,\nabla L(\theta + r g/\|g\|)$ with $c = 2\mu\|g\|/r$ to `grad`; mean loss and penalty.
 
-    The second backward pass accumulates into the scaled gradient of the first, so that besides a plain step only the
-    copy of the parameters is held.
+    Nothing is held for long but the first gradient and, to restore them exactly, a copy of the parameters.
     """
     check_finite_difference(params)
     before = [param.grad for param in params]
@@ -509,22 +531,17 @@ def _finite_difference_in_place(
         factor = (1 if central else 2) * weight * norm / radius
         # A sharded model must run its whole backward pass; otherwise the second one is for the parameters alone.
         only = None if any(is_sharded(param) for param in used) else used
-        point = ShiftedParameters(used)
-
-        def shifted(direction: list[Tensor], sign: int) -> None:
-            with replay.again():
+        point = ShiftedParameters(used, exact=restore == "copy")
+        for param in used:
+            param.grad = None
+        for sign in (1, -1) if central else (1,):
+            with point.moved(grads, sign * length), replay.again():
                 there = loss().mean()
                 there.backward(gradient=(sign * factor).to(there), inputs=only)
-
-        direction = [grad.clone() for grad in grads] if central else grads
-        with point.moved(direction, length):
-            if not central:
-                for grad in grads:
-                    grad.mul_((1 - factor).to(grad.dtype))
-            shifted(direction, 1)
-        if central:
-            with point.moved(direction, -length):
-                shifted(direction, -1)
+        rest = torch.ones_like(factor) if central else 1 - factor
+        for param, grad in zip(used, grads, strict=True):
+            grad.mul_(rest.to(grad.dtype))
+            param.grad = grad if param.grad is None else param.grad.add_(grad)
     finally:
         for param, old in zip(params, before, strict=True):
             if old is not None:

@@ -196,29 +196,35 @@ class Replay:
 
 
 class ShiftedParameters:
-    """Parameters moved along a direction for a while, and restored bit for bit.
+    """Parameters moved along a direction for a while, and restored, bit for bit if `exact`.
 
     They are changed in place, since sharded and compiled models hold on to the memory of their parameters, and through
     `data`, since graphs that saved them find them unchanged in the end.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], *, exact: bool = True) -> None:
         self._params = params
-        self._values = [param.detach().clone() for param in params]
+        self._values = [param.detach().clone() for param in params] if exact else None
+
+    def _add(self, direction: Sequence[Tensor], length: Tensor) -> None:
+        for param, step in zip(self._params, direction, strict=True):
+            if is_sharded(param):
+                param.data.add_(step * length)
+            else:
+                param.data.addcmul_(step, length.to(param))
 
     @contextmanager
     def moved(self, direction: Sequence[Tensor], length: Tensor) -> Iterator[None]:
         """Parameters plus `length * direction`."""
         try:
-            for param, step in zip(self._params, direction, strict=True):
-                if is_sharded(param):
-                    param.data.add_(step * length)
-                else:
-                    param.data.addcmul_(step, length.to(param))
+            self._add(direction, length)
             yield
         finally:
-            for param, value in zip(self._params, self._values, strict=True):
-                param.data.copy_(value)
+            if self._values is None:
+                self._add(direction, -length)
+            else:
+                for param, value in zip(self._params, self._values, strict=True):
+                    param.data.copy_(value)
 
 
 class PreparedGradients(torch.autograd.Function):
