@@ -32,6 +32,7 @@ NO_TRIAL = {
     "losses/linear": "an engine; its losses have trials",
     "losses/second_gradients": "what the gradient penalties share",
     "losses/targets": "checks shared by the losses",
+    "optim/approximate_accumulation": "its trial is accumulation_memory",
     "optim/in_backward": "a mode of Tiger; the trial accumulation_memory measures it",
     "optim/nonfinite": "what the optimizers share",
     "optim/options": "what the optimizers share",

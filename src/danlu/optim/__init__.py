@@ -1,9 +1,21 @@
 """Optimizers: `torch.optim.Optimizer` classes, the functions behind them, parameter groups and schedules."""
 
+from danlu.optim._approximate_accumulation import FoldedAdamW, equivalent_beta, folded_adamw
 from danlu.optim._lion import Lion, lion
 from danlu.optim._param_groups import parameter_groups
 from danlu.optim._rounding import Rounding
 from danlu.optim._schedules import piecewise_linear
 from danlu.optim._tiger import Tiger, tiger
 
-__all__ = ["Lion", "Rounding", "Tiger", "lion", "parameter_groups", "piecewise_linear", "tiger"]
+__all__ = [
+    "FoldedAdamW",
+    "Lion",
+    "Rounding",
+    "Tiger",
+    "equivalent_beta",
+    "folded_adamw",
+    "lion",
+    "parameter_groups",
+    "piecewise_linear",
+    "tiger",
+]

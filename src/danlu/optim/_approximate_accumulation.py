@@ -1,0 +1,482 @@
+r"""Gradient accumulation without a buffer for optimizers that it does not fit exactly: two approximations.
+
+[`Tiger`][danlu.optim.Tiger] folds the gradients of a cycle into its momentum and is exact. Adam also needs the square
+of their mean, and Lion their mean beside its momentum, so theirs can only be approximated.
+
+Source: "隐藏在动量中的梯度累积：少更新几步，效果反而更好？" (2021-08-24).
+
+Shape letters: `...` any shape, the same for a parameter, its gradient and its moments.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from danlu._common.checks import check_choice, check_integer, check_real
+from danlu.optim._nonfinite import event_counts, finite_flags, parameter_name, raise_if_nonfinite
+from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
+
+__all__ = ["FoldedAdamW", "equivalent_beta", "folded_adamw"]
+
+FoldedNonfinite = Literal["skip", "raise", "off"]
+_NONFINITE = ("skip", "raise", "off")
+
+
+def equivalent_beta(beta: float, grad_accum_steps: int) -> float:
+    r"""The beta for a momentum that sees every micro-gradient of a cycle, instead of their mean once. Approximate.
+
+    Definition:
+        $$\tilde\beta = 1 - \frac{1-\beta}{k}$$
+        with $\beta$ = `beta`, $k$ = `grad_accum_steps`. A cycle of $k$ micro-steps under $\tilde\beta$ decays the
+        momentum by $\tilde\beta^k \approx \beta$ and adds $\frac{1-\beta}{k}\tilde\beta^{k-j} g_j \approx
+        \frac{1-\beta}{k} g_j$ for the $j$-th micro-gradient. So any optimizer with `beta` replaced by this, whose
+        learning rate is 0 but on every $k$-th call, accumulates approximately.
+
+    Args:
+        beta: $\beta \in [0, 1)$ of the momentum for whole batches.
+        grad_accum_steps: $k \ge 1$, micro-batches per batch.
+
+    Returns:
+        $\tilde\beta$, at least `beta`.
+
+    Raises:
+        TypeError: an argument is not a number of its kind.
+        ValueError: an argument is out of its range.
+
+    Numerics:
+        $\tilde\beta^k - \beta$ lies in $[0, e^{-(1-\beta)} - \beta)$: at 0.965 it is 0.00046 for $k=4$ and never above
+        0.00061, at 0.9 it is 0.0037 for $k=4$ and never above 0.0049.
+
+    Source:
+        "隐藏在动量中的梯度累积：少更新几步，效果反而更好？" (2021-08-24).
+
+    Example:
+        >>> from danlu.optim import equivalent_beta
+        >>> round(equivalent_beta(0.965, 4), 5), round(equivalent_beta(0.965, 4) ** 4, 5)
+        (0.99125, 0.96546)
+    """
+    check_beta("beta", beta)
+    check_integer("grad_accum_steps", grad_accum_steps, low=1)
+    return 1 - (1 - beta) / grad_accum_steps
+
+
+class FoldedAdamW(Optimizer):
+    r"""AdamW whose gradient accumulation is folded into its moments, without a buffer. Approximate.
+
+    Definition:
+        With $m_0 = v_0 = 0$ and micro-steps $t = 0, 1, \dots$ in cycles of $k$ = `grad_accum_steps`,
+        $$m_t = b_1 m_{t-1} + \frac{1-\beta_1}{k} g_t, \qquad v_t = b_2 v_{t-1} + \frac{1-\beta_2}{k} g_t^2$$
+        where $b_i = \beta_i$ on the first micro-step of a cycle and 1 on the others; on the last one of cycle $n$
+        $$\theta \leftarrow \theta - \eta\left(\frac{m_t/(1-\beta_1^n)}{\sqrt{v_t/(1-\beta_2^n)}+\epsilon}
+        + \lambda\theta\right).$$
+        With $\theta$ = a parameter, $g$ = its gradient, $m, v$ = the states `exp_avg`, `exp_avg_sq`, $\eta$ = `lr`,
+        $(\beta_1, \beta_2)$ = `betas`, $\epsilon$ = `eps`, $\lambda$ = `weight_decay`.
+
+        $m$ is exactly that of AdamW on the mean gradient. $v$ is not: it averages the mean of the squares where AdamW
+        averages the square of the mean. With `grad_accum_steps=1` there is no difference.
+
+    Args:
+        params: parameters, named or not, or groups of them.
+        lr: $\eta \ge 0$. For gradients that are mostly noise $v$ is up to $k$ times that of AdamW and steps up to
+            $\sqrt k$ times smaller, so the best rate is between that of AdamW and $\sqrt k$ times it.
+        betas: $(\beta_1, \beta_2)$, both in $[0, 1)$.
+        eps: $\epsilon \ge 0$.
+        weight_decay: $\lambda \ge 0$, decoupled.
+        grad_accum_steps: $k \ge 1$, calls of `step` per update. Call `step` and `zero_grad` after every micro-batch and
+            do not divide the loss by $k$. It can change between cycles, not within one.
+        nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: its moments stay as they are, and
+            so does the tensor if this is the last micro-step. `"raise"`: `RuntimeError` that names the parameters; no
+            tensor is changed. `"off"`: not looked for.
+        foreach: True processes many tensors at once by `torch._foreach_*` calls, False one after the other; None is
+            True on accelerators. DTensors and other subclasses always go one after the other.
+        maximize: climb instead of descend.
+
+    Returns:
+        From `step`: what the closure returned, or None. `nonfinite_events` counts the gradients that were not finite
+        by parameter name since construction (reading it waits for the device; it is not part of the checkpoint).
+
+    Raises:
+        TypeError: an option is not of its type.
+        ValueError: an option is out of its range; also in a group.
+        RuntimeError: from `step` on a sparse or complex gradient, when `grad_accum_steps` changed within a cycle, or on
+            a bad gradient with `nonfinite="raise"`.
+
+    Numerics:
+        float16 and bfloat16 parameters are computed in float32 and rounded to nearest; their moments are float32, since
+        squares of gradients underflow in float16.
+
+    Cost:
+        8 bytes of state per parameter, in all dtypes up to float32, and no buffer for accumulation: 8 bytes while
+        gradients are accumulated instead of the 12 of AdamW. Every micro-step reads and writes both moments.
+
+    Differences:
+        An optimizer of its own instead of an option, because it does not compute what AdamW with accumulation computes.
+        A bad first gradient of a cycle loses the cycle's decay of its moments, as in Tiger. A tensor that has a
+        gradient on some micro-steps only is treated as if it were zero on the others; without any, it is left alone.
+
+    Source:
+        "隐藏在动量中的梯度累积：少更新几步，效果反而更好？" (2021-08-24); AdamW: Loshchilov and Hutter (2017), arXiv
+        1711.05101, algorithm 2.
+
+    Example:
+        >>> import torch
+        >>> from danlu.optim import FoldedAdamW
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = FoldedAdamW([w], lr=0.1, weight_decay=0.0, grad_accum_steps=2)
+        >>> for gradient in (1.0, 3.0):  # AdamW on the mean gradient 2 would step by 0.1
+        ...     w.grad = torch.tensor([gradient])
+        ...     optimizer.step()
+        >>> round(1 - w.item(), 4)  # 0.1 * 2 / sqrt((1 + 9) / 2)
+        0.0894
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        grad_accum_steps: int = 1,
+        nonfinite: FoldedNonfinite = "skip",
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "grad_accum_steps": grad_accum_steps,
+            "nonfinite": nonfinite,
+            "foreach": foreach,
+            "maximize": maximize,
+            # The place in the accumulation cycle is part of the checkpoint, so it lives in the groups.
+            "micro_step": 0,
+            "cycle_start": 0,
+            "cycle_length": grad_accum_steps,
+        }
+        _check_group(defaults)
+        self._nonfinite_counts: dict[Tensor, Tensor] = {}
+        super().__init__(params, defaults)
+
+    @property
+    def nonfinite_events(self) -> dict[str, int]:
+        """How many gradients were not finite so far, by parameter name; empty when there were none."""
+        return event_counts(self.param_groups, self._nonfinite_counts)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
+        if isinstance(param_group, dict):
+            _check_group(self.defaults | param_group)
+            param_group = dict(param_group)
+            if self.param_groups:
+                # A new group joins the cycle that is under way.
+                running = self.param_groups[0]
+                param_group |= {key: running[key] for key in ("micro_step", "cycle_start", "cycle_length")}
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_nonfinite_counts": self._nonfinite_counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes in which they were saved."""
+        super().load_state_dict(state_dict)
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for key, param in zip(saved, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    # torch casts floating-point state to the dtype of the parameter.
+                    self.state[param][name] = value.detach().to(param.device, copy=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
+        """Fold every gradient into its moments, and update the parameters on the last micro-step of a cycle."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_gradients("FoldedAdamW", self.param_groups)
+        self._check_step()
+        for group in self.param_groups:
+            if group["micro_step"] == group["cycle_start"]:
+                group["cycle_length"] = group["grad_accum_steps"]
+            group["micro_step"] += 1
+            last = group["micro_step"] == group["cycle_start"] + group["cycle_length"]
+            params = [p for p in group["params"] if p.grad is not None or self.state.get(p, {}).get("folded", False)]
+            for param in params:
+                state = self.state[param]
+                if not state:
+                    wide = torch.promote_types(param.dtype, torch.float32)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)
+                    state["step"] = param.new_zeros((), dtype=torch.float32)
+                if param not in self._nonfinite_counts:
+                    self._nonfinite_counts[param] = param.new_zeros((), dtype=torch.int64)
+            folded_adamw(
+                params,
+                [param.grad for param in params],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                [self.state[param]["step"] for param in params],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                share=1.0 / group["cycle_length"],
+                folded=[bool(self.state[param].get("folded", False)) for param in params],
+                update=last,
+                nonfinite="skip" if group["nonfinite"] == "skip" else "off",
+                nonfinite_counts=[self._nonfinite_counts[param] for param in params],
+                foreach=group["foreach"],
+                maximize=group["maximize"],
+            )
+            for param in params:
+                self.state[param]["folded"] = not last
+            if last:
+                group["cycle_start"] = group["micro_step"]
+        return loss
+
+    def _check_step(self) -> None:
+        """Refuse what would leave a cycle half done, before anything is changed."""
+        for group in self.param_groups:
+            inside = group["micro_step"] != group["cycle_start"]
+            if inside and group["grad_accum_steps"] != group["cycle_length"]:
+                raise RuntimeError(
+                    f"grad_accum_steps changed from {group['cycle_length']} to {group['grad_accum_steps']} within a "
+                    "cycle; change it after a step that updates"
+                )
+            for param in group["params"]:
+                if param.is_complex():
+                    raise RuntimeError(f"FoldedAdamW does not support complex parameters, got {tuple(param.shape)}")
+        raise_if_nonfinite(
+            {
+                parameter_name(self.param_groups, g, i): param.grad
+                for g, group in enumerate(self.param_groups)
+                if group["nonfinite"] == "raise"
+                for i, param in enumerate(group["params"])
+                if param.grad is not None
+            }
+        )
+
+
+def folded_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    share: float = 1.0,
+    folded: Sequence[bool] | None = None,
+    update: bool = True,
+    nonfinite: Literal["skip", "off"] = "skip",
+    nonfinite_counts: Sequence[Tensor] | None = None,
+    foreach: bool | None = None,
+    maximize: bool = False,
+) -> None:
+    r"""One micro-step of [`FoldedAdamW`][danlu.optim.FoldedAdamW] on lists of tensors, in place. Approximate.
+
+    Definition:
+        $m \leftarrow b_1 m + (1-\beta_1)\,c\,g$ and $v \leftarrow b_2 v + (1-\beta_2)\,c\,g^2$ with $c$ = `share` and
+        $b_i = 1$ where `folded`, else $\beta_i$; then, if `update`, the step of AdamW.
+
+    Args:
+        params: $\theta$, each of its own shape `(...)`; changed in place.
+        grads: $g$, shapes of `params`; only read. None: nothing is folded in.
+        exp_avgs: $m$, shapes of `params`; changed in place.
+        exp_avg_sqs: $v$, shapes of `params`; changed in place.
+        steps: cycles begun so far, one 0-d floating-point tensor per parameter, on its device; changed in place.
+        lr: $\eta$.
+        betas: $(\beta_1, \beta_2)$.
+        eps: $\epsilon$.
+        weight_decay: $\lambda$.
+        share: weight of these gradients in their cycle, $1/k$ for an average.
+        folded: whether the moments were already decayed in this cycle; None means no.
+        update: whether this is the last micro-step of the cycle.
+        nonfinite: as in the class.
+        nonfinite_counts: one 0-d integer tensor per parameter, on its device, to which 1 is added when its gradient is
+            not finite and `nonfinite="skip"`; None counts nothing.
+        foreach: as in the class.
+        maximize: as in the class.
+
+    Returns:
+        None; the lists hold the result.
+
+    Raises:
+        ValueError: the lists differ in length, or an option is out of its range.
+
+    Numerics:
+        As in the class.
+
+    Source:
+        As in the class.
+
+    Example:
+        >>> import torch
+        >>> from danlu.optim import folded_adamw
+        >>> w, m, v, n = torch.ones(2), torch.zeros(2), torch.zeros(2), torch.zeros(())
+        >>> folded_adamw([w], [torch.tensor([0.3, -2.0])], [m], [v], [n], lr=0.1, weight_decay=0.0)
+        >>> w
+        tensor([0.9000, 1.1000])
+    """
+    check_real("share", share, low=0.0)
+    check_choice("nonfinite", nonfinite, ("skip", "off"))
+    _check_numbers(lr, betas, eps, weight_decay)
+    already = list(folded) if folded is not None else [False] * len(params)
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "folded": already}
+    lengths = {"params": len(params)} | {name: len(items) for name, items in lists.items()}
+    if nonfinite_counts is not None:
+        lengths["nonfinite_counts"] = len(nonfinite_counts)
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the lists must have one length, got {lengths}")
+    rate = as_float(lr)
+    call = _Call(
+        betas=betas,
+        eps=eps,
+        share=share,
+        update=update,
+        guard=nonfinite == "skip",
+        lr=-rate if maximize else rate,
+        # Climbing is descending with -lr, except that the decay still pulls towards 0.
+        weight_decay=-weight_decay if maximize else weight_decay,
+    )
+    counts = nonfinite_counts if nonfinite_counts is not None else [torch.zeros_like(n) for n in steps]
+    buckets: dict[object, list[int]] = {}
+    with torch.no_grad():
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            if param.numel() == 0:
+                continue
+            many = foreach if foreach is not None else param.device.type != "cpu"
+            plain = type(param) in (Tensor, torch.nn.Parameter) and (grad is None or type(grad) is Tensor)
+            if many and plain:
+                key = param.device, param.dtype, None if grad is None else grad.dtype, already[i]
+                buckets.setdefault(key, []).append(i)
+            else:
+                call.one(param, grad, exp_avgs[i], exp_avg_sqs[i], steps[i], counts[i], already[i])
+        for indices in buckets.values():
+            columns = (params, exp_avgs, exp_avg_sqs, steps, counts)
+            picked = ([column[i] for i in indices] for column in columns)
+            gradients = [grad for i in indices if (grad := grads[i]) is not None]
+            call.many(gradients, *picked, folded=already[indices[0]])
+
+
+class _Call:
+    """The numbers of one micro-step, and the step on one tensor or on many of one kind."""
+
+    def __init__(
+        self,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        share: float,
+        update: bool,
+        guard: bool,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        self.betas, self.eps, self.share, self.update, self.guard = betas, eps, share, update, guard
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def one(
+        self,
+        param: Tensor,
+        grad: Tensor | None,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        step: Tensor,
+        count: Tensor,
+        folded: bool,
+    ) -> None:
+        """The definition with plain operations, without reading a value back: the oracle of `many`."""
+        finite = None
+        if grad is not None:
+            grad = grad.to(exp_avg.dtype)
+            mean, square = grad * ((1 - self.betas[0]) * self.share), grad * grad * ((1 - self.betas[1]) * self.share)
+            mean = exp_avg * (1.0 if folded else self.betas[0]) + mean
+            square = exp_avg_sq * (1.0 if folded else self.betas[1]) + square
+            if self.guard:
+                finite = torch.isfinite(grad).all()
+                count.add_(~finite)
+                mean, square = torch.where(finite, mean, exp_avg), torch.where(finite, square, exp_avg_sq)
+            exp_avg.copy_(mean)
+            exp_avg_sq.copy_(square)
+            if not folded:
+                step.add_(1 if finite is None else finite)
+        if self.update:
+            theta = param.to(exp_avg.dtype)
+            # A cycle that began with a bad gradient is not counted; the first one is, lest it divide by zero.
+            cycles = step.clamp(min=1).to(exp_avg.dtype)
+            denominator = (exp_avg_sq / (1 - self.betas[1] ** cycles)).sqrt() + self.eps
+            moved = theta * (1 - self.lr * self.weight_decay)
+            moved = moved - exp_avg / (1 - self.betas[0] ** cycles) / denominator * self.lr
+            param.copy_(moved if finite is None else torch.where(finite, moved, theta))
+
+    def many(
+        self,
+        grads: list[Tensor],
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        counts: list[Tensor],
+        *,
+        folded: bool,
+    ) -> None:
+        """The same on tensors of one dtype and device, either all or none with a gradient."""
+        dtype = exp_avgs[0].dtype
+        finite: list[Tensor] | None = None
+        if grads:
+            grads = [grad.to(dtype) for grad in grads]
+            if self.guard:
+                finite = list(finite_flags(grads).unbind())
+                torch._foreach_add_(counts, [(~flag).to(counts[0].dtype) for flag in finite])
+            for moments, beta, powers in ((exp_avgs, self.betas[0], 1), (exp_avg_sqs, self.betas[1], 2)):
+                added = torch._foreach_mul(grads, grads) if powers == 2 else grads
+                added = torch._foreach_mul(added, (1 - beta) * self.share)
+                new = torch._foreach_add(torch._foreach_mul(moments, 1.0 if folded else beta), added)
+                if finite is not None:
+                    new = [torch.where(f, n, m) for f, n, m in zip(finite, new, moments, strict=True)]
+                torch._foreach_copy_(moments, new)
+            if not folded and finite is not None:
+                torch._foreach_add_(steps, [flag.to(steps[0].dtype) for flag in finite])
+            elif not folded:
+                torch._foreach_add_(steps, 1)
+        if self.update:
+            thetas = [param.to(dtype) for param in params]
+            cycles = [step.clamp(min=1).to(dtype) for step in steps]
+            first, second = ([1 - beta**cycle for cycle in cycles] for beta in self.betas)
+            denominators = torch._foreach_sqrt(torch._foreach_div(exp_avg_sqs, second))
+            torch._foreach_add_(denominators, self.eps)
+            directions = torch._foreach_div(torch._foreach_div(exp_avgs, first), denominators)
+            moved = torch._foreach_mul(thetas, 1 - self.lr * self.weight_decay)
+            torch._foreach_sub_(moved, torch._foreach_mul(directions, self.lr))
+            if finite is not None:
+                moved = [torch.where(f, new, old) for f, new, old in zip(finite, moved, thetas, strict=True)]
+            torch._foreach_copy_(params, moved)
+
+
+def _check_numbers(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    check_lr(lr)
+    # A checkpoint that went through JSON gives back a list.
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    check_beta("betas[0]", betas[0])
+    check_beta("betas[1]", betas[1])
+    check_real("eps", eps, low=0.0)
+    check_real("weight_decay", weight_decay, low=0.0)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    _check_numbers(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+    check_integer("grad_accum_steps", group["grad_accum_steps"], low=1)
+    check_shared_options(group, _NONFINITE)
