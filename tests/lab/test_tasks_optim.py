@@ -1,5 +1,6 @@
 """The tasks of the further optimizer trials measure what they say."""
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from danlu.lab.errors import TrialError
 from danlu.lab.tasks.accumulating_bytes import AccumulatingBytes
 from danlu.lab.tasks.byte_mlp import ResidualMLP, bits_per_byte, byte_batch, symbols
 from danlu.lab.tasks.byte_sweep import ByteSweep, log2_optimum
+from danlu.lab.tasks.step_time import StepTime
 from danlu.lab.tasks.stressed_digits import StressedDigits
 from danlu.lab.tasks.training import generator
 from danlu.lab.trial import find_trial
@@ -97,7 +99,7 @@ def test_bits_per_byte_by_hand():
             return self.log_frequencies.expand(len(windows), -1)
 
     model = Frequencies()
-    found = bits_per_byte(model, "test", 16)
+    found = bits_per_byte(model, "test", 16, 16384)
     counts = torch.bincount(symbols(b"\n".join(python_source().test)).long(), minlength=97).double()
     entropy = -float((counts / counts.sum() * model.log_frequencies).sum()) / math.log(2)
     assert found == pytest.approx(entropy, abs=0.1)
@@ -145,7 +147,7 @@ def test_sweep_metrics_by_hand():
     }
     for key, (validation, test) in table.items():
         assert key in fit.members
-        fit._known |= {(key, "validation"): validation, (key, "test"): test}
+        fit._known |= {(key, "validation", 8192): validation, (key, "test", 8192): test}
     read = {**chosen, "read": "lion"}
     found = ByteSweep().evaluate(fit, seed=0, split="test", options=read)
     assert found == {
@@ -282,12 +284,16 @@ def test_betas_and_rates_of_every_kth():
         (ByteSweep(), {**SWEEP, "tuned_at": 99}),
         (StressedDigits(), {"storage": "float8"}),
         (AccumulatingBytes(), {"accumulation": "sometimes"}),
+        (StepTime(), {"variant": "adam"}),
     ],
 )
 def test_unknown_choice(task, changes):
-    with pytest.raises(TrialError, match="known: "):
+    def run():
         fit, chosen, _ = fitted(task, 1, **changes)
         task.evaluate(fit, seed=0, split="test", options=chosen)
+
+    with pytest.raises(TrialError, match="known: "):
+        run()
 
 
 def test_refusals():
@@ -296,7 +302,7 @@ def test_refusals():
     with pytest.raises(TrialError, match="'lion' does not accumulate as 'folded'"):
         fitted(AccumulatingBytes(), 1, optimizer="lion", accumulation="folded")
     other, chosen, _ = fitted(StressedDigits(), 1, width=8)
-    for task in (ByteSweep(), AccumulatingBytes()):
+    for task in (ByteSweep(), AccumulatingBytes(), StepTime()):
         with pytest.raises(TypeError, match="evaluates its own fits"):
             task.evaluate(other, seed=0, split="test", options=options(task))
     sweep, _, _ = fitted(ByteSweep(), 0, **SWEEP)
@@ -323,3 +329,35 @@ def test_arms_that_only_read_share_their_fits():
         _, trial = find_trial(name)
         distinct = {fit for arm in trial.arms for fit in trial.tuning_fits(arm, "report")}
         assert len(distinct) == fits
+
+
+# Times.
+
+
+def test_step_time_takes_medians_without_the_warmup():
+    task = StepTime()
+    fit, chosen, points = fitted(task, 10, variant="sgd_momentum_fused", width=8, blocks=1)
+    assert points[-1]["milliseconds"] > 0
+    fit.own, fit.other = [9.0, 9.0, *[0.002] * 7, 5.0], [1.0, 1.0, *[0.004] * 7, 1.0]
+    found = task.evaluate(fit, seed=0, split="test", options=chosen)
+    assert found == {
+        "milliseconds_per_step": pytest.approx(2.0),
+        "time_over_fused_adamw": pytest.approx(0.5),
+        "optimizer_bytes_per_parameter": 4.0,
+    }
+
+
+@pytest.mark.parametrize("variant", ["adamw_fused", "adamw_foreach", "sgd_momentum_fused", "lion", "tiger"])
+def test_step_time_resumes_and_keeps_its_times(variant):
+    task = StepTime()
+    half, chosen, _ = fitted(task, 3, variant=variant, width=8, blocks=1)
+    rest = task.start(seed=0, steps=6, options=chosen)
+    # torch's optimizers keep the very tensors they are given; a checkpoint holds copies.
+    rest.load(copy.deepcopy(half.state()))
+    assert (rest.own, rest.other) == (half.own, half.other)
+    for fit in (half, rest):
+        for i in range(3, 6):
+            fit.step(i)
+    assert len(rest.own) == len(rest.other) == 6
+    for first, second in zip(half.model.parameters(), rest.model.parameters(), strict=True):
+        assert torch.equal(first, second)

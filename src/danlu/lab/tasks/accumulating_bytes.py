@@ -63,8 +63,8 @@ class AccumulatingBytes:
 
     @property
     def evaluate_options(self) -> Options:
-        """None."""
-        return {}
+        """The number of bytes predicted."""
+        return {"places": 8192}
 
     def data(self) -> Mapping[str, str]:
         """What the numbers rest on."""
@@ -82,7 +82,7 @@ class AccumulatingBytes:
             raise TypeError(f"AccumulatingBytes evaluates its own fits, not {type(fit).__name__}")
         parameters = sum(p.numel() for p in fit.model.parameters())
         return {
-            "bits_per_byte": bits_per_byte(fit.model, split, int(options["context"])),
+            "bits_per_byte": bits_per_byte(fit.model, split, int(options["context"]), int(options["places"])),
             "training_bytes_per_parameter": cast("int", fit.memory["peak"]) / parameters,
         }
 

@@ -17,8 +17,6 @@ __all__ = ["ResidualMLP", "bits_per_byte", "byte_batch", "byte_data", "symbols"]
 # Printable ASCII, newline, and one symbol for all other bytes: what never occurs would cost every fit its first steps.
 SYMBOLS = 97
 _EMBEDDING = 16
-# Bytes predicted at an evaluation: the standard error of a mean is then about 0.03 bits, the same for all arms.
-_PLACES = 16384
 
 Split = Literal["train", "validation", "test"]
 
@@ -85,9 +83,9 @@ def byte_batch(split: Split, context: int, batch_size: int, source: torch.Genera
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, split: Split, context: int) -> float:
-    """Mean loss in bits at fixed places of a split; a model that diverged has NaN."""
-    windows, targets = byte_batch(split, context, _PLACES, generator("places", split, context))
+def bits_per_byte(model: nn.Module, split: Split, context: int, places: int) -> float:
+    """Mean loss in bits at `places` fixed places of a split; a model that diverged has NaN."""
+    windows, targets = byte_batch(split, context, places, generator("places", split, context))
     model.eval()
     total = 0.0
     # Parts of a size that stays in the cache.

@@ -65,8 +65,8 @@ class ByteSweep:
 
     @property
     def evaluate_options(self) -> Options:
-        """Options of the evaluation; `tuned_at` 0 is the last width."""
-        return {"read": "adamw", "tuned_at": 0}
+        """Options of the evaluation; `tuned_at` 0 is the last width, `places` the number of bytes predicted."""
+        return {"read": "adamw", "tuned_at": 0, "places": 8192}
 
     def data(self) -> Mapping[str, str]:
         """What the numbers rest on."""
@@ -81,7 +81,7 @@ class ByteSweep:
         if not isinstance(fit, _Sweep):
             raise TypeError(f"ByteSweep evaluates its own fits, not {type(fit).__name__}")
         optimizer = str(options["read"])
-        last = fit.widths[-1]
+        last, fit.places = fit.widths[-1], int(options["places"])
         tuned_at = int(options["tuned_at"]) or last
         here, there = fit.scores(optimizer, last), fit.scores(optimizer, tuned_at)
         index = _best(list(there.values()))
@@ -117,7 +117,8 @@ class _Sweep:
         self.members: dict[str, ResidualMLP] = {}
         self.optimizers: dict[str, Optimizer] = {}
         self.settings: dict[str, dict[str, Scalar]] = {}
-        self._known: dict[tuple[str, str], float] = {}
+        self.places = 0
+        self._known: dict[tuple[str, str, int], float] = {}
         for name, rates in self.rates.items():
             for width in self.widths:
                 for rate in rates:
@@ -156,9 +157,10 @@ class _Sweep:
     def bits(self, optimizer: str, width: int, rate: float, split: Split) -> float:
         """Bits per byte of one network; remembered until the next step, since several arms ask."""
         key = _key(optimizer, width, rate)
-        if (key, split) not in self._known:
-            self._known[key, split] = bits_per_byte(self.members[key], split, self.context)
-        return self._known[key, split]
+        place = (key, split, self.places)
+        if place not in self._known:
+            self._known[place] = bits_per_byte(self.members[key], split, self.context, self.places)
+        return self._known[place]
 
     def scores(self, optimizer: str, width: int) -> dict[float, float]:
         """Learning rate -> bits per byte on validation text."""

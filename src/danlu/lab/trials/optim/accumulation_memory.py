@@ -19,9 +19,9 @@ def _arm(optimizer: str, accumulation: str, rates: tuple[float, ...], weight_dec
 
 TRIAL = Trial(
     claim=(
-        "Tiger that accumulates eight micro-batches inside the backward pass holds less than half of what AdamW and a "
-        "gradient buffer hold, and trains exactly as Tiger does with its gradients kept between the passes; folding "
-        "into both of Adam's moments trains as well as AdamW with a buffer (within 0.02 bits per byte)."
+        "Tiger that accumulates eight micro-batches inside the backward pass holds less than half of what AdamW and "
+        "a gradient buffer hold, and trains exactly as Tiger does with its gradients kept between the passes; "
+        "folding into both of Adam's moments trains as well as AdamW with a buffer (within 0.02 bits per byte)."
     ),
     source=(
         "“隐藏在动量中的梯度累积：少更新几步，效果反而更好？” (2021-08-24); "
@@ -60,15 +60,15 @@ TRIAL = Trial(
     ),
     selects=("bits_per_byte", "lower"),
     sizes={
-        "ci": Budget(steps=3, seeds=3, grid=2, options={"width": 16, "context": 8, "micro_batches": 2}),
+        "ci": Budget(steps=3, seeds=3, grid=2, options={"places": 256, "width": 16, "context": 8, "micro_batches": 2}),
         "demo": Budget(steps=100, seeds=3),
         "report": Budget(steps=200, seeds=5),
     },
     notes=(
         "Bytes are those of optimizer state and gradients; the parameters themselves take 4 more. Every arm sees the "
-        "same micro-batches and takes the same number of updates. Approximations: folded_adamw averages squares where "
-        "AdamW squares an average; adamw_every_8th sees every micro-gradient, under betas nearer to 1, and moves on "
-        "every eighth; adamw_every_8th_same_beta leaves the betas as they are. Tiger without in_backward frees its "
-        "gradients after each micro-batch and so holds all of them once."
+        "same micro-batches and takes the same number of updates. Approximations: folded_adamw averages squares "
+        "where AdamW squares an average; adamw_every_8th sees every micro-gradient, under betas nearer to 1, and "
+        "moves on every eighth; adamw_every_8th_same_beta leaves the betas as they are. Tiger without in_backward "
+        "frees its gradients after each micro-batch and so holds all of them once."
     ),
 )

@@ -17,8 +17,8 @@ _STORAGES = {
 
 TRIAL = Trial(
     claim=(
-        "Tiger trains in half precision throughout as well as in float32 (within 0.05 nats), at the article's learning "
-        "rate and at ten times that: in float16 and bfloat16 rounded to nearest, and in bfloat16 rounded "
+        "Tiger trains in half precision throughout as well as in float32 (within 0.05 nats), at the article's "
+        "learning rate and at ten times that: in float16 and bfloat16 rounded to nearest, and in bfloat16 rounded "
         "stochastically or with Kahan's compensation; stochastic rounding loses less of the movement than nearest."
     ),
     source="“Tiger：一个“抠”到极致的优化器” (2023-03-07), on training in half precision throughout",
@@ -61,8 +61,9 @@ TRIAL = Trial(
     },
     notes=(
         "No arm is tuned: all storages are trained at the same two learning rates, so that nothing but the rounding "
-        "differs. Parameters, momenta and activations are in half precision; a step is computed in float32 and rounded. "
-        "The metric 'unchanged' counts updates that leave the stored number as it was, 'movement_lost' what is missing "
-        "of the sum of all updates; under stochastic rounding most single updates leave no trace and nothing is lost."
+        "differs. Parameters, momenta and activations are in half precision; a step is computed in float32 and then "
+        "rounded. The metric 'unchanged' counts updates that leave the stored number as it was, 'movement_lost' what "
+        "is missing of the sum of all updates; under stochastic rounding most single updates leave no trace and "
+        "nothing is lost."
     ),
 )

@@ -49,7 +49,7 @@ TRIAL = Trial(
     ),
     selects=("bits_per_byte", "lower"),
     sizes={
-        "ci": Budget(steps=4, seeds=3, options={"widths": "64 256", "context": 8, "batch_size": 8}),
+        "ci": Budget(steps=2, seeds=3, options={"places": 256, "widths": "64 256", "context": 8, "batch_size": 8}),
         "demo": Budget(steps=150, seeds=3, options={"widths": "64 256", "batch_size": 64}),
         "report": Budget(steps=300, seeds=5, options={"widths": "64 256", "batch_size": 64}),
     },

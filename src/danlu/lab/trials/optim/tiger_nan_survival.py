@@ -9,8 +9,8 @@ _METHOD = "danlu.optim.Tiger"
 TRIAL = Trial(
     claim=(
         "When each tensor's gradient is NaN with probability 1 % in every step, Tiger that shrinks such a tensor "
-        "trains as well as on clean gradients (accuracy within 0.01), and so does one that skips it; it trains better "
-        "than one that lets the NaN in."
+        "trains as well as on clean gradients (accuracy within 0.01), and so does one that skips it; it trains "
+        "better than one that lets the NaN in."
     ),
     source="“Tiger：一个“抠”到极致的优化器” (2023-03-07), on surviving NaN; reference code bojone/tiger",
     equation=r"g_t\ni\mathrm{NaN}:\quad m_t=m_{t-1},\qquad \theta_t=c+(\theta_{t-1}-c)\,r,\quad r=0.99",
@@ -35,7 +35,7 @@ TRIAL = Trial(
     },
     notes=(
         "The whole gradient of a tensor is NaN, as after an overflow, at the same steps in all arms. With "
-        "nonfinite='off' a NaN stays in the momentum, its sign is 0, and the tensor no longer moves, so this arm does "
-        "best where it learns most before the first NaN."
+        "nonfinite='off' a NaN stays in the momentum, its sign is 0, and the tensor no longer moves, so this arm "
+        "does best where it learns most before the first NaN."
     ),
 )
