@@ -32,9 +32,9 @@ class StressedDigits:
     `nonfinite` says what Tiger does about it.
 
     Metrics on the last weights: `accuracy`, `negative_log_likelihood` (nats); of the matrices, over all updates:
-    `unchanged`, the fraction of updates after which the parameter is the number that it was; and `movement_lost`
-    $= 1 - \sum\langle\Delta_{stored},\Delta\rangle / \sum|\Delta|^2$, with $\Delta$ the update in exact
-    arithmetic and $\Delta_{stored}$ what happened to the parameter (under "kahan": with what the compensation
+    `unchanged`, the fraction of updates along a momentum after which the parameter is the number that it was; and
+    `movement_lost` $= 1 - \sum\langle\Delta_{stored},\Delta\rangle / \sum|\Delta|^2$, with $\Delta$ the update in
+    exact arithmetic and $\Delta_{stored}$ what happened to the parameter (under "kahan": with what the compensation
     holds). Rounding that is right on average loses no movement, however many single updates leave no trace.
     `bad_gradient_events` counts the gradients that Tiger found to be not finite.
     """
@@ -168,7 +168,8 @@ class _Fit(GradientFit):
             scale = old.square().mean().sqrt().clamp(min=float(group["rms_floor"]))
             wanted = -float(group["lr"]) * scale * (momentum.sign() + float(group["weight_decay"]) * old)
             moved = self._stored(param) - old
-            wants = wanted != 0
+            # Where no gradient ever came there is only decay, smaller than any rounding.
+            wants = momentum != 0
             total["updates"] += float(wants.sum())
             total["unchanged"] += float((wants & (moved == 0)).sum())
             total["moved"] += float((moved * wanted).sum())

@@ -17,7 +17,7 @@ _STORAGES = {
 
 TRIAL = Trial(
     claim=(
-        "Tiger trains in half precision throughout as well as in float32 (within 0.05 nats), at the article's "
+        "Tiger trains in half precision throughout as well as in float32 (within 0.02 nats), at the article's "
         "learning rate and at ten times that: in float16 and bfloat16 rounded to nearest, and in bfloat16 rounded "
         "stochastically or with Kahan's compensation; stochastic rounding loses less of the movement than nearest."
     ),
@@ -41,7 +41,7 @@ TRIAL = Trial(
                 baseline=f"fp32_rate_{rate:g}",
                 metric="negative_log_likelihood",
                 better="lower",
-                margin=0.05,
+                margin=0.02,
             )
             for rate in _RATES
             for name in ("fp16_nearest", "bf16_nearest", "bf16_stochastic", "bf16_kahan")
