@@ -29,9 +29,9 @@ TRIAL = Trial(
         "report": Budget(steps=60, seeds=8, options={"width": 512, "blocks": 4}),
     },
     notes=(
-        "Times are measured in turns with torch's fused AdamW on equal tensors in one thread, so that the ratio does "
-        "not depend on what else the machine does; the arm adamw_fused, measured against itself, shows what the "
-        "measurement is worth. adamw_foreach is torch's default on accelerators. Lion and Tiger look for gradients "
-        "that are not finite, AdamW does not."
+        "Times on the processor are measured in turns with torch's fused AdamW on equal tensors in one thread, so "
+        "that the ratio does not depend on what else the machine does; the arm adamw_fused, measured against itself, "
+        "shows what the measurement is worth. adamw_foreach is torch's default on accelerators. Lion and Tiger look "
+        "for gradients that are not finite, AdamW does not."
     ),
 )
