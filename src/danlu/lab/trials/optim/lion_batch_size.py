@@ -40,7 +40,7 @@ TRIAL = Trial(
     ),
     selects=("bits_per_byte", "lower"),
     sizes={
-        "ci": Budget(steps=4, seeds=3, options={"places": 256, "widths": "16", "context": 8}),
+        "ci": Budget(steps=2, seeds=3, options={"places": 256, "widths": "16", "context": 8}),
         "demo": Budget(steps=60, seeds=3),
         "report": Budget(steps=120, seeds=5),
     },
