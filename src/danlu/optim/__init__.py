@@ -1,6 +1,7 @@
 """Optimizers: `torch.optim.Optimizer` classes, the functions behind them, parameter groups and schedules."""
 
-from danlu.optim._approximate_accumulation import FoldedAdamW, equivalent_beta, folded_adamw
+from danlu.optim._approximate_accumulation import FoldedAdamW, equivalent_beta
+from danlu.optim._folded_adamw import folded_adamw
 from danlu.optim._lion import Lion, lion
 from danlu.optim._param_groups import parameter_groups
 from danlu.optim._rounding import Rounding
