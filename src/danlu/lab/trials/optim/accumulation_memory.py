@@ -3,9 +3,9 @@
 from danlu.lab.tasks.accumulating_bytes import AccumulatingBytes
 from danlu.lab.trial import Arm, Budget, Comparison, Scalar, Trial
 
-_ADAMW = (0.002, 0.004, 0.008, 0.016, 0.032)
-_LION = (0.001, 0.002, 0.004, 0.008, 0.016)
-_TIGER = (0.005, 0.01, 0.02, 0.04, 0.08)
+_ADAMW = (0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
+_LION = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+_TIGER = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 
 
 def _arm(optimizer: str, accumulation: str, rates: tuple[float, ...], weight_decay: float, method: str = "") -> Arm:

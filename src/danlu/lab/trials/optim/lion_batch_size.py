@@ -5,7 +5,7 @@ from danlu.lab.trial import Arm, Budget, Comparison, Scalar, Trial
 
 # Updates per step of the fit (a step is 256 samples, or one update), batch size, and the lowest learning rates.
 _SETTINGS = {
-    "16_equal_samples": (16, 16, {"adamw": 0.001, "lion": 0.0005}),
+    "16_equal_samples": (16, 16, {"adamw": 0.001, "lion": 0.001}),
     "64_equal_samples": (4, 64, {"adamw": 0.004, "lion": 0.004}),
     "16_equal_steps": (1, 16, {"adamw": 0.008, "lion": 0.001}),
     "64_equal_steps": (1, 64, {"adamw": 0.004, "lion": 0.002}),
