@@ -5,9 +5,9 @@ from danlu.lab.trial import Arm, Budget, Comparison, Trial
 
 _NARROW, _WIDE = 64, 256
 _RATES = {
-    "adamw": "0.002 0.004 0.008 0.016 0.032 0.064",
-    "lion": "0.0005 0.001 0.002 0.004 0.008 0.016",
-    "tiger": "0.005 0.01 0.02 0.04 0.08 0.16",
+    "adamw": "0.002 0.004 0.008 0.016 0.032 0.064 0.128",
+    "lion": "0.0005 0.001 0.002 0.004 0.008 0.016 0.032",
+    "tiger": "0.0025 0.005 0.01 0.02 0.04 0.08 0.16",
 }
 _METHODS = {"adamw": "", "lion": "danlu.optim.Lion", "tiger": "danlu.optim.Tiger"}
 
