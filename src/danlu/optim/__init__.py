@@ -1,14 +1,19 @@
 """Optimizers: `torch.optim.Optimizer` classes, the functions behind them, parameter groups and schedules."""
 
 from danlu.optim._approximate_accumulation import FoldedAdamW, equivalent_beta
+from danlu.optim._exponentiated_gradient import ExponentiatedGradient
 from danlu.optim._folded_adamw import folded_adamw
 from danlu.optim._lion import Lion, lion
 from danlu.optim._param_groups import parameter_groups
 from danlu.optim._rounding import Rounding
 from danlu.optim._schedules import piecewise_linear
+from danlu.optim._step_size import EGSGD, EGStepSize
 from danlu.optim._tiger import Tiger, tiger
 
 __all__ = [
+    "EGSGD",
+    "EGStepSize",
+    "ExponentiatedGradient",
     "FoldedAdamW",
     "Lion",
     "Rounding",

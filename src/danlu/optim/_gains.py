@@ -1,0 +1,399 @@
+r"""Exponentiated gains of a step: what moves a gain per element and a scale per tensor, for three inner updates.
+
+A step has three phases. *Measure*: inner products of the gradient with the direction of the last step, and whether the
+gradient is finite. *Adapt*: the scale of the tensor. *Move*: the gains, the inner state and the parameter.
+
+Shape letters: `...` any shape, the same for a parameter, its gradient and its state tensors.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from danlu._common.checks import check_real
+from danlu.optim._nonfinite import is_finite
+from danlu.optim._step_checks import plain
+from danlu.optim._traversal import blocks, compute_dtype, plan, scratch, write_back
+
+__all__ = [
+    "Item",
+    "Kind",
+    "Measured",
+    "Rule",
+    "adapt_scales",
+    "advance",
+    "check_range",
+    "items_of",
+    "measured",
+    "updated_gain_",
+]
+
+Kind = Literal["sgdm", "adam", "sgd", "wrapped"]
+Number = float | Tensor
+
+# exp(80) and exp(-80) are still ordinary float32 numbers; gains without bounds stop there.
+LOG_LIMIT = 80.0
+# Of the reference implementation: keeps the cosine of two vanishing vectors at 0.
+_TINY = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The numbers of one step of a group; `climb` is for steps upwards, `decay` is lr * weight_decay."""
+
+    kind: Kind
+    lr: float
+    climb: bool = False
+    decay: float = 0.0
+    momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum_beta: float = 0.9
+    gain_lr: float = 0.0
+    scale_lr: float = 0.0
+    gain_range: tuple[float, float] = (0.0, math.inf)
+    scale_range: tuple[float, float] = (0.0, math.inf)
+    normalize_scale: bool = True
+    sign_gain: bool = True
+    guard: bool = True
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of a step with its state and its counter of gradients that were not finite."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    count: Tensor | None
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Whether the gradient is finite (a bool if the host knows), and inner products with the last direction."""
+
+    finite: bool | Tensor
+    dot: Tensor | None = None
+    grad_square: Tensor | None = None
+    direction_square: Tensor | None = None
+
+
+def check_range(name: str, bounds: object) -> None:
+    """Raise unless `bounds` is a pair with 0 <= low <= 1 <= high; high may be infinite."""
+    if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
+        raise ValueError(f"{name} must be a pair of numbers, got {bounds!r}")
+    check_real(f"{name}[0]", bounds[0], low=0.0, high=1.0)
+    if bounds[1] != math.inf:
+        check_real(f"{name}[1]", bounds[1], low=1.0)
+
+
+def _log_range(bounds: tuple[float, float]) -> tuple[float, float]:
+    low = math.log(bounds[0]) if bounds[0] > 0 else -LOG_LIMIT
+    high = math.log(bounds[1]) if bounds[1] < math.inf else LOG_LIMIT
+    return max(low, -LOG_LIMIT), min(high, LOG_LIMIT)
+
+
+def _new_state(state: dict[str, Tensor], param: Tensor, rule: Rule, log_scale: Tensor | None = None) -> None:
+    """Add the tensors that `rule` needs and `state` lacks; a rate that never was positive needs none.
+
+    All are in the dtype of the arithmetic, so float32 for bfloat16 parameters: a gain moves by 1 % per step. The
+    scale starts at 1, or at that of the others where they share one.
+    """
+
+    def zeros() -> Tensor:
+        return torch.zeros_like(param, dtype=compute_dtype(param.dtype), memory_format=torch.preserve_format)
+
+    def number(dtype: torch.dtype) -> Tensor:
+        return torch.zeros((), dtype=dtype, device=param.device)
+
+    missing: dict[str, bool] = {
+        "momentum_buffer": rule.kind == "sgdm",
+        "exp_avg": rule.kind == "adam" or (rule.kind == "sgdm" and rule.gain_lr > 0),
+        "exp_avg_sq": rule.kind == "adam",
+        "previous_grad": rule.kind == "sgd" and rule.gain_lr > 0,
+        "log_gain": rule.gain_lr > 0,
+    }
+    for name, needed in missing.items():
+        if needed and name not in state:
+            state[name] = zeros()
+    if (rule.kind == "adam" or (rule.kind == "sgdm" and rule.gain_lr > 0)) and "step" not in state:
+        state["step"] = number(torch.float32)
+    if rule.scale_lr > 0 and "log_scale" not in state:
+        state["log_scale"] = number(compute_dtype(param.dtype))
+        if log_scale is not None:
+            state["log_scale"].copy_(log_scale)
+
+
+def items_of(
+    group: Mapping[str, Any],
+    rule: Rule,
+    states: Mapping[Tensor, dict[str, Any]],
+    counts: dict[Tensor, Tensor],
+    log_scale: Tensor | None = None,
+) -> list[Item]:
+    """What a step works on: the parameters of a group that have gradients, with their states."""
+    items: list[Item] = []
+    for param in group["params"]:
+        if param.grad is None:
+            continue
+        _new_state(states[param], param, rule, log_scale)
+        if param not in counts:
+            # A plain tensor also for a DTensor: every process counts the same events.
+            counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+        items.append(Item(param, param.grad, states[param], counts[param], rule))
+    return items
+
+
+def advance(items: Sequence[Item], *, foreach: bool | None, shared: bool) -> None:
+    """One step of all `items`, in place; with `shared` one inner product of all tensors moves all scales."""
+    loop: list[Item] = []
+    blocked: list[Item] = []
+    for path, indices in plan([item.param for item in items], [item.grad for item in items], foreach):
+        (blocked if path == "blocks" else loop).extend(items[i] for i in indices)
+    memory: dict[torch.dtype, Tensor] = {}
+    pairs = [(item, False) for item in loop] + [(item, True) for item in blocked]
+    # Tensor by tensor, so that the second phase finds in the cache what the first has read.
+    for batch in [pairs] if shared else [[pair] for pair in pairs]:
+        found = [_measure_blocks(item) if fast else _measure(item) for item, fast in batch]
+        adapt_scales([item for item, _ in batch], found, shared=shared)
+        for (item, fast), one in zip(batch, found, strict=True):
+            if item.count is not None and item.rule.guard and one.finite is not True:
+                item.count.add_(1 if one.finite is False else ~one.finite)
+            if not fast:
+                _move(item, one)
+            elif one.finite is not False:
+                _move_blocks(item, memory)
+
+
+def measured(item: Item, direction: Tensor | None) -> Measured:
+    """Inner products of the whole gradient with `direction`, without reading a value back."""
+    grad = item.grad.to(compute_dtype(item.grad.dtype))
+    finite = plain(torch.isfinite(grad).all()) if item.rule.guard else True
+    if direction is None:
+        return Measured(finite)
+    return Measured(
+        finite,
+        plain((grad * direction).sum()),
+        plain((grad * grad).sum()),
+        plain((direction * direction).sum()),
+    )
+
+
+def _measure(item: Item) -> Measured:
+    if item.rule.scale_lr == 0:
+        return measured(item, None)
+    state = item.state
+    direction = _direction(state, item.rule, _bias(state, item.rule))
+    return measured(item, direction)
+
+
+def _measure_blocks(item: Item) -> Measured:
+    rule, state, grad = item.rule, item.state, item.grad
+    if rule.scale_lr == 0:
+        return Measured(not rule.guard or is_finite(grad))
+    names = [name for name in _ELEMENTWISE if name in state]
+    dtype = compute_dtype(grad.dtype)
+    dot, grad_square, direction_square = 0.0, 0.0, 0.0
+    bias = _bias(state, rule)
+    for grad_block, *parts in blocks(grad, *(state[name] for name in names)):
+        gradient = grad_block.to(dtype)
+        views = dict(zip(names, parts, strict=True))
+        direction = views["momentum_buffer"] if rule.kind == "sgdm" else _direction(views, rule, bias)
+        if direction.stride() != gradient.stride() or not direction.is_contiguous():
+            gradient, direction = gradient.contiguous(), direction.contiguous()
+        g, d = gradient.view(-1), direction.view(-1)
+        dot += torch.dot(g, d).item()
+        grad_square += torch.dot(g, g).item()
+        direction_square += torch.dot(d, d).item()
+    finite = not rule.guard or math.isfinite(grad_square) or is_finite(grad)
+    # The direction of sgdm is its buffer times the learning rate.
+    factor = rule.lr if rule.kind == "sgdm" else 1.0
+    as_tensor = state["log_scale"].new_tensor
+    return Measured(finite, as_tensor(factor * dot), as_tensor(grad_square), as_tensor(factor**2 * direction_square))
+
+
+def adapt_scales(items: Sequence[Item], found: Sequence[Measured], *, shared: bool) -> None:
+    r"""$s \leftarrow \mathrm{clip}(s\,e^{\gamma_s a})$, with $a$ of each tensor or of all."""
+    known = [one for one in found if one.dot is not None and one.finite is not False]
+    if not known:
+        return
+    if shared:
+        device = known[0].dot.device  # pyrefly: ignore[missing-attribute]
+        dot, grad_square, direction_square = (
+            torch.stack([_kept(getattr(one, name), one.finite).double().to(device) for one in known]).sum()
+            for name in ("dot", "grad_square", "direction_square")
+        )
+        found = [Measured(one.finite, dot, grad_square, direction_square) for one in found]
+    for item, one in zip(items, found, strict=True):
+        rule = item.rule
+        if rule.scale_lr == 0 or one.finite is False or one.dot is None:
+            continue
+        evidence = one.dot
+        if rule.normalize_scale:
+            norms = (one.grad_square.sqrt() + _TINY) * (one.direction_square.sqrt() + _TINY)  # pyrefly: ignore[missing-attribute]
+            evidence = evidence / norms
+        log_scale = item.state["log_scale"]
+        # Inner products that overflow say nothing.
+        step = torch.nan_to_num(evidence, nan=0.0, posinf=0.0, neginf=0.0).to(log_scale) * rule.scale_lr
+        log_scale.add_(_kept(step, one.finite)).clamp_(*_log_range(rule.scale_range))
+
+
+def updated_gain_(log_gain: Tensor, evidence: Tensor, rule: Rule) -> None:
+    r"""$\log\nu \leftarrow \mathrm{clip}(\log\nu + \gamma_\nu e)$."""
+    log_gain.add_(evidence, alpha=rule.gain_lr).clamp_(*_log_range(rule.gain_range))
+
+
+# State tensors of a parameter's shape; the others are single numbers.
+_ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "previous_grad", "log_gain")
+
+
+def _move(item: Item, one: Measured) -> None:
+    """The whole tensor on copies; where the gradient is not finite, the old values are kept."""
+    dtype, state = compute_dtype(item.param.dtype), item.state
+    if one.finite is False:
+        return
+    theta, grad = item.param.to(dtype, copy=True), item.grad.to(dtype)
+    parts = {name: state[name].clone() for name in _ELEMENTWISE if name in state}
+    step = state["step"] + 1 if "step" in state else None
+    _move_(theta, grad, parts, item.rule, _Step.of(state, item.rule), None)
+    finite = one.finite
+    if isinstance(finite, Tensor):
+        theta = torch.where(finite, theta, item.param.to(dtype))
+        parts = {name: torch.where(finite, value, state[name]) for name, value in parts.items()}
+        step = torch.where(finite, step, state["step"]) if step is not None else None
+    item.param.copy_(theta)
+    for name, value in parts.items():
+        state[name].copy_(value)
+    if step is not None:
+        state["step"].copy_(step)
+
+
+def _move_blocks(item: Item, memory: dict[torch.dtype, Tensor]) -> None:
+    """Block after block in place; all passes over a block but the first find it in the cache."""
+    dtype, state = compute_dtype(item.param.dtype), item.state
+    names = [name for name in _ELEMENTWISE if name in state]
+    step = _Step.of(state, item.rule)
+    for param_block, grad_block, *parts in blocks(item.param, item.grad, *(state[name] for name in names)):
+        theta = param_block.to(dtype)
+        _move_(theta, grad_block.to(dtype), dict(zip(names, parts, strict=True)), item.rule, step, memory)
+        write_back(param_block, theta)
+    if "step" in state:
+        state["step"].add_(1)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step of one tensor needs of its single numbers, as numbers where the host has them."""
+
+    coefficient: Number
+    bias: tuple[Number, Number]
+    previous_bias: tuple[Number, Number]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], rule: Rule) -> "_Step":
+        coefficient: Number = -rule.lr if rule.climb else rule.lr
+        if "log_scale" in state:
+            coefficient = coefficient * _number(state["log_scale"].exp())
+        return cls(coefficient, _bias(state, rule, ahead=1), _bias(state, rule))
+
+
+def _bias(state: Mapping[str, Tensor], rule: Rule, ahead: int = 0) -> tuple[Number, Number]:
+    """Adam's corrections, or twice that of the gradient's average, after the steps so far and `ahead` more."""
+    if "step" not in state:
+        return 1.0, 1.0
+    count = _number((state["step"] + ahead).clamp(min=1))
+    first, second = rule.betas if rule.kind == "adam" else (rule.momentum_beta, rule.momentum_beta)
+    return 1 - first**count, 1 - second**count
+
+
+def _direction(parts: Mapping[str, Tensor], rule: Rule, bias: tuple[Number, Number]) -> Tensor:
+    """What the last step subtracted, but for its scale: gains included."""
+    if rule.kind == "sgdm":
+        return parts["momentum_buffer"] * rule.lr
+    last = _adam_direction(parts, rule, bias)
+    return last.mul_(parts["log_gain"].exp()) if "log_gain" in parts else last
+
+
+def _adam_direction(parts: Mapping[str, Tensor], rule: Rule, bias: tuple[Number, Number]) -> Tensor:
+    size = (parts["exp_avg_sq"].sqrt() / _root(bias[1])).add_(rule.eps)
+    return parts["exp_avg"] / size * (rule.lr / bias[0])
+
+
+def _move_(
+    theta: Tensor,
+    grad: Tensor,
+    parts: Mapping[str, Tensor],
+    rule: Rule,
+    step: _Step,
+    memory: dict[torch.dtype, Tensor] | None,
+) -> None:
+    """The update in place, on a whole tensor or a block; the gradient is only read."""
+    if rule.decay != 0:
+        theta.mul_(1 - rule.decay)
+    gain = _gain_(grad, parts, rule, step, memory) if "log_gain" in parts else None
+    if rule.kind == "sgdm":
+        momentum = parts["momentum_buffer"].mul_(rule.momentum)
+        momentum.add_(grad if gain is None else gain.mul_(grad))
+        if "exp_avg" in parts:
+            parts["exp_avg"].lerp_(grad, 1 - rule.momentum_beta)
+        _subtract_(theta, momentum, step.coefficient)
+    elif rule.kind == "adam":
+        average, square = parts["exp_avg"].lerp_(grad, 1 - rule.betas[0]), parts["exp_avg_sq"]
+        square.mul_(rule.betas[1]).addcmul_(grad, grad, value=1 - rule.betas[1])
+        size = (square.sqrt() / _root(step.bias[1])).add_(rule.eps)
+        coefficient = step.coefficient / step.bias[0]
+        if gain is None and isinstance(coefficient, float):
+            theta.addcdiv_(average, size, value=-coefficient)
+        else:
+            direction = torch.div(average, size)
+            _subtract_(theta, direction if gain is None else direction.mul_(gain), coefficient)
+    else:
+        _subtract_(theta, grad if gain is None else gain.mul_(grad), step.coefficient)
+        if "previous_grad" in parts:
+            parts["previous_grad"].copy_(grad)
+
+
+def _gain_(
+    grad: Tensor, parts: Mapping[str, Tensor], rule: Rule, step: _Step, memory: dict[torch.dtype, Tensor] | None
+) -> Tensor:
+    """Update log nu by the last direction or average, and return nu in memory that may be written to."""
+    log_gain = parts["log_gain"]
+    evidence = torch.empty_like(log_gain) if memory is None else scratch(memory, log_gain)
+    last = parts["previous_grad"] if rule.kind == "sgd" else parts["exp_avg"]
+    if rule.sign_gain:
+        # A sign times a number cannot underflow, which a product of two numbers can.
+        torch.sign(last, out=evidence)
+        evidence.mul_(grad).sign_()
+    else:
+        if rule.kind == "adam":
+            last = _adam_direction(parts, rule, step.previous_bias)
+        torch.mul(last, grad, out=evidence)
+        if rule.kind == "sgdm":
+            evidence.div_(step.previous_bias[0])
+    updated_gain_(log_gain, evidence, rule)
+    return torch.exp(log_gain, out=evidence)
+
+
+def _subtract_(theta: Tensor, update: Tensor, coefficient: Number) -> None:
+    if isinstance(coefficient, Tensor):
+        theta.sub_(update * coefficient)
+    else:
+        theta.add_(update, alpha=-coefficient)
+
+
+def _root(value: Number) -> Number:
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def _number(value: Tensor) -> Number:
+    """A number where reading it does not wait for a device."""
+    return value.item() if value.device.type == "cpu" else value
+
+
+def _kept(value: Tensor, finite: bool | Tensor) -> Tensor:
+    return torch.where(finite, value, torch.zeros_like(value)) if isinstance(finite, Tensor) else value

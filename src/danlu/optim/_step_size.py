@@ -1,0 +1,530 @@
+r"""Step sizes adapted during training by exponentiated gradient descent: a gain per element, a scale per tensor.
+
+Source: Amid, Anil, Fifty and Warmuth (2022), "Step-size Adaptation Using Exponentiated Gradient Updates",
+arXiv 2202.00145; "指数梯度下降 + 元学习 = 自适应学习率" (2022-03-03).
+
+Shape letters: `...` any shape, the same for a parameter, its gradient and its gain.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from danlu._common.checks import check_choice, check_integer, check_real
+from danlu.optim._displacement import adapts, last_displacement, stretch
+from danlu.optim._gains import Item, Kind, Rule, adapt_scales, advance, check_range, items_of
+from danlu.optim._nonfinite import event_counts, parameter_name
+from danlu.optim._options import as_float, check_beta
+from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted, restore
+
+__all__ = ["EGSGD", "EGStepSize"]
+
+StepSizeNonfinite = Literal["skip", "raise", "off"]
+_NONFINITE = ("skip", "raise", "off")
+_INNER = ("sgdm", "adam")
+# Prefix of the inner optimizer's entries in the one state dict.
+_INNER_KEY = "inner."
+
+
+class EGStepSize(Optimizer):
+    r"""Step-size adaptation by exponentiated gradients around momentum SGD, Adam, or any optimizer.
+
+    Definition:
+        The step of an inner optimizer is multiplied by a gain $\nu$ per element and a scale $s$ per tensor, both 1 at
+        the start. They rise where a step turns out to agree with the next gradient, and fall where it does not:
+        $$s \leftarrow \mathrm{clip}(s\,e^{\gamma_s a}), \qquad \nu \leftarrow \mathrm{clip}(\nu\,e^{\gamma_\nu e})$$
+        With $g$ = the gradient, $d$ = what the last step subtracted but for its scale, $\gamma_\nu$ = `gain_lr`,
+        $\gamma_s$ = `scale_lr`, clipped to `gain_range` and `scale_range`:
+        $$a = \frac{\langle g, d\rangle}{(\|g\| + 10^{-10})(\|d\| + 10^{-10})}\ \text{ or }\ \langle g, d\rangle,
+        \qquad e = \operatorname{sign} g \cdot \operatorname{sign} \bar g\ \text{ or }\ g\,\bar g$$
+        where the first forms are those of `normalize_scale` and `sign_gain`.
+
+        - `inner="sgdm"`, the optimizer of the authors: $m \leftarrow \mu m + \nu g$ and
+          $\theta \leftarrow \theta - s\eta m$ with $d = \eta m$; $\bar g$ is the average of the gradients before
+          this one, $\bar g \leftarrow \beta\bar g + (1-\beta) g$, divided by $1 - \beta^{t-1}$ in the second form.
+        - `inner="adam"`: $\theta \leftarrow \theta - s\,\nu\,\eta\,\hat m / (\sqrt{\hat v} + \epsilon)$; $d$ is the
+          last step with its gains, $\bar g$ the last step without them.
+        - an optimizer: it takes its step $\Delta$, which becomes $s\,\nu\,\Delta$; $d = -\nu\Delta$ and
+          $\bar g = -\Delta$ of the step before.
+
+        $\theta$ = a parameter, $\eta$ = `lr`, $\mu$ = `momentum`, $\beta$ = `momentum_beta`. Weight decay is decoupled
+        and not adapted: $\theta \leftarrow (1 - \eta\lambda)\theta$ first.
+
+    Args:
+        inner: `"sgdm"` or `"adam"`, whose state shares memory with the adaptation, or a `torch.optim.Optimizer`; that
+            one needs a copy of the parameters during a step and of its last displacement between steps.
+        params: with a string: parameters, named parameters, or groups of them. With an optimizer: None.
+        lr: $\eta \ge 0$, a number or a tensor with one element; None is 0.01 for `"sgdm"` and 0.001 for `"adam"`. With
+            an optimizer: None; its groups are shared, so that schedulers act on its learning rate.
+        gain_lr: $\gamma_\nu \ge 0$; 0 keeps the gains as they are, and needs no memory if it always was.
+        scale_lr: $\gamma_s \ge 0$; likewise.
+        gain_range: smallest and largest gain, around 1; (0, `math.inf`) stops at $e^{\pm 80}$.
+        scale_range: smallest and largest scale.
+        normalize_scale: which form of $a$. The raw product has the unit of the gradient squared and can move the scale
+            from end to end within one step.
+        sign_gain: which form of $e$; the same warning.
+        scale_scope: `"tensor"`, or `"global"` for one scale moved by the inner products over all tensors.
+        per_coordinate: whether there are gains; False leaves only the scale.
+        momentum_beta: $\beta \in [0, 1)$ of `"sgdm"`; None is 0.9.
+        momentum: $\mu \in [0, 1)$ of `"sgdm"`; None is 0.9.
+        betas: of `"adam"`, each in $[0, 1)$; None is (0.9, 0.999).
+        eps: $\epsilon \ge 0$ of `"adam"`; None is $10^{-8}$.
+        weight_decay: $\lambda \ge 0$; None is 0.
+        nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: it and all of its state stay as
+            they are for this step. `"raise"`: `RuntimeError` that names the parameters; no tensor is changed. `"off"`:
+            not looked for. Around an optimizer, `"skip"` waits for the device once per step.
+        foreach: None or True takes tensors on the CPU in cache-sized blocks, False one by one. Accelerators and
+            DTensors always take plain operations.
+        maximize: climb instead of descend. Around an optimizer this is its own option.
+
+    Returns:
+        From `step`: what the closure returned, or None. `nonfinite_events` counts the gradients that were not finite
+        by parameter name since construction (it is not part of the checkpoint).
+
+    Raises:
+        TypeError: an option is not of its type, or parameters are missing.
+        ValueError: an option is out of its range, belongs to the other kind of inner optimizer, or a range does not
+            hold 1; also in a group.
+        RuntimeError: from `step` on a sparse or complex gradient, or on a bad one with `nonfinite="raise"`.
+
+    Numerics:
+        Gains and scales are kept as logarithms. The state of float16 and bfloat16 parameters is float32, and so is
+        their arithmetic; the parameter is rounded to nearest. Inner products that overflow leave the scale alone.
+        With both rates 0 every step is bit for bit that of `torch.optim.SGD(momentum)` or of
+        `torch.optim.AdamW` (same decay, not fused), or of the optimizer given.
+
+    Cost:
+        12 bytes of state per float32 parameter for `"sgdm"` and `"adam"` (4 and 8 with `per_coordinate=False`), 8 more
+        than its own for an optimizer. Memory traffic of `"sgdm"`: 36 bytes per parameter, and 8 for the inner products
+        where a tensor does not fit into the cache.
+
+    Differences:
+        The authors' code multiplies the learning rate into the momentum, PyTorch's SGD into the step; the two agree
+        while it is constant, and here a schedule acts at once. Gains of `"adam"` and of optimizers are ours: a gain on
+        the gradient would be normalized away. The authors' code ignores sparse gradients; here they raise.
+
+    Source:
+        arXiv 2202.00145, and `egdd.py` of tensorflow/lingvo for the details that the paper leaves open;
+        "指数梯度下降 + 元学习 = 自适应学习率" (2022-03-03).
+
+    Example:
+        >>> import torch
+        >>> from danlu.optim import EGStepSize
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = EGStepSize("sgdm", [w], lr=0.05)
+        >>> for _ in range(5):
+        ...     w.grad = torch.tensor([2.0, 0.5]) * w.data
+        ...     optimizer.step()
+        >>> w.data
+        tensor([-0.0406, -1.3712])
+        >>> {name: round(scale, 4) for name, scale in optimizer.scales().items()}
+        {"param_groups[0]['params'][0]": 1.0039}
+    """
+
+    def __init__(
+        self,
+        inner: Literal["sgdm", "adam"] | Optimizer,
+        params: ParamsT | None = None,
+        lr: float | Tensor | None = None,
+        *,
+        gain_lr: float = 0.01,
+        scale_lr: float = 0.001,
+        gain_range: tuple[float, float] = (1e-2, 1e2),
+        scale_range: tuple[float, float] = (0.1, 10.0),
+        normalize_scale: bool = True,
+        sign_gain: bool = True,
+        scale_scope: Literal["tensor", "global"] = "tensor",
+        per_coordinate: bool = True,
+        momentum_beta: float | None = None,
+        momentum: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        nonfinite: StepSizeNonfinite = "skip",
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        own: dict[str, Any] = {
+            "gain_lr": gain_lr,
+            "scale_lr": scale_lr,
+            "gain_range": gain_range,
+            "scale_range": scale_range,
+            "normalize_scale": normalize_scale,
+            "sign_gain": sign_gain,
+            "per_coordinate": per_coordinate,
+        }
+        of_inner: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "momentum_beta": momentum_beta,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        check_choice("scale_scope", scale_scope, ("tensor", "global"))
+        check_choice("nonfinite", nonfinite, _NONFINITE)
+        self._shared = scale_scope == "global"
+        self._nonfinite = nonfinite
+        self._nonfinite_counts: dict[Tensor, Tensor] = {}
+        self.inner: Optimizer | None = inner if isinstance(inner, Optimizer) else None
+        if isinstance(inner, Optimizer):
+            _check_wrapped(inner, params, of_inner)
+            self._kind: Kind = "wrapped"
+            _check_own(own)
+            # The groups are the inner optimizer's own, so that schedulers reach its learning rate.
+            super().__init__(inner.param_groups, own)
+            self.param_groups = inner.param_groups
+            return
+        check_choice("inner", inner, _INNER)
+        if params is None:
+            raise TypeError(f"inner={inner!r} needs params")
+        foreign = {"sgdm": ("betas", "eps"), "adam": ("momentum", "momentum_beta")}[inner]
+        for name in foreign:
+            if of_inner.pop(name) is not None:
+                raise ValueError(f"{name} has no meaning with inner={inner!r}")
+        fallbacks = {
+            "lr": 1e-2 if inner == "sgdm" else 1e-3,
+            "momentum": 0.9,
+            "momentum_beta": 0.9,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+        }
+        for name, value in fallbacks.items():
+            if name in of_inner and of_inner[name] is None:
+                of_inner[name] = value
+        self._kind = inner
+        defaults = {**of_inner, **own, "nonfinite": nonfinite}
+        _check_group(defaults, inner)
+        super().__init__(params, defaults)
+
+    @property
+    def nonfinite_events(self) -> dict[str, int]:
+        """How many gradients were not finite so far, by parameter name; empty when there were none."""
+        return event_counts(self.param_groups, self._nonfinite_counts)
+
+    def scales(self) -> dict[str, float]:
+        """The scale $s$ of every tensor that has one, by parameter name (waits for the device)."""
+        return {name: state["log_scale"].exp().item() for name, state in self._named_states("log_scale")}
+
+    def gain_histograms(self, bins: int = 20) -> dict[str, tuple[Tensor, Tensor]]:
+        r"""Counts `(bins,)` and edges `(bins + 1,)` in $\log_{10}\nu$ of every tensor that has gains, by its name."""
+        check_integer("bins", bins, low=1)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, state in self._named_states("log_gain"):
+            logs = plain(state["log_gain"]).detach().flatten().float().cpu() / math.log(10)
+            counts, edges = torch.histogram(logs, bins=bins)
+            found[name] = counts.to(torch.int64), edges
+        return found
+
+    def _named_states(self, key: str) -> list[tuple[str, dict[str, Tensor]]]:
+        return [
+            (parameter_name(self.param_groups, g, i), self.state[param])
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+            if param in self.state and key in self.state[param]
+        ]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)
+            return
+        if self.inner is None:
+            _check_group(self.defaults | param_group, self._kind)
+            super().add_param_group(dict(param_group))
+        elif self.param_groups is self.inner.param_groups:
+            _check_own(self.defaults | param_group)
+            self.inner.add_param_group(self.defaults | param_group)
+        else:
+            # Under construction: the inner optimizer's groups get our options.
+            _check_own(self.defaults | param_group)
+            super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_nonfinite_counts", "_shared", "_nonfinite", "_kind", "inner")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of both optimizers; entries of the inner one begin with `inner.`."""
+        packed = super().state_dict()
+        if self.inner is not None:
+            state = {key: dict(value) for key, value in packed["state"].items()}
+            for key, entries in self.inner.state_dict()["state"].items():
+                if isinstance(entries, dict):
+                    state.setdefault(key, {}).update({f"{_INNER_KEY}{name}": value for name, value in entries.items()})
+                else:
+                    state[f"{_INNER_KEY}{key}"] = entries
+            packed["state"] = state
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes in which they were saved."""
+        if self.inner is None:
+            super().load_state_dict(state_dict)
+            restore(self, state_dict["state"], state_dict["param_groups"])
+            return
+        own: dict[Any, Any] = {}
+        of_inner: dict[Any, Any] = {}
+        for key, entries in state_dict["state"].items():
+            if isinstance(entries, dict):
+                named = {name: value for name, value in entries.items() if name.startswith(_INNER_KEY)}
+                own[key] = {name: value for name, value in entries.items() if name not in named}
+                of_inner[key] = {name.removeprefix(_INNER_KEY): _copied(value) for name, value in named.items()}
+            else:
+                of_inner[str(key).removeprefix(_INNER_KEY)] = entries
+        kept = {key: entries for key, entries in own.items() if entries}
+        groups = state_dict["param_groups"]
+        self.inner.load_state_dict({"state": {k: v for k, v in of_inner.items() if v != {}}, "param_groups": groups})
+        super().load_state_dict({"state": kept, "param_groups": groups})
+        restore(self, kept, groups)
+        self.param_groups = self.inner.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
+        """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_real_gradients("EGStepSize", self.param_groups)
+        raise_where_wanted(self.param_groups, self._nonfinite if self.inner is not None else None)
+        if self.inner is not None:
+            self._wrapped_step(self.inner)
+            return loss
+        batches = [self._items(group) for group in self.param_groups]
+        if self._shared:
+            advance(list(chain.from_iterable(batches)), foreach=self.param_groups[0]["foreach"], shared=True)
+        else:
+            for group, items in zip(self.param_groups, batches, strict=True):
+                advance(items, foreach=group["foreach"], shared=False)
+        return loss
+
+    def _items(self, group: Mapping[str, Any]) -> list[Item]:
+        rule = _rule(self._kind, group if self.inner is None else {**self.defaults, **group})
+        scales = (state["log_scale"] for state in self.state.values() if "log_scale" in state)
+        shared = next(scales, None) if self._shared else None
+        return items_of(group, rule, self.state, self._nonfinite_counts, shared)
+
+    def _wrapped_step(self, inner: Optimizer) -> None:
+        """The inner optimizer's step, multiplied by scales and gains; bad gradients are hidden from it."""
+        items = [item for group in self.param_groups for item in self._items(group)]
+        hidden = self._bad(items) if self._nonfinite == "skip" else []
+        for item in hidden:
+            if item.count is not None:
+                item.count.add_(1)
+            item.param.grad = None
+        bad = {id(item) for item in hidden}
+        adapted = [item for item in items if id(item) not in bad and adapts(item)]
+        before = [item.param.detach().clone() for item in adapted]
+        try:
+            inner.step()
+        finally:
+            for item in hidden:
+                item.param.grad = item.grad
+        found = [last_displacement(item) for item in adapted]
+        adapt_scales(adapted, found, shared=self._shared)
+        for item, start in zip(adapted, before, strict=True):
+            stretch(item, start)
+
+    def _bad(self, items: Sequence[Item]) -> list[Item]:
+        """Items with a bad gradient; one wait for each device."""
+        flags: dict[torch.device, list[tuple[Item, Tensor]]] = {}
+        for item in items:
+            flags.setdefault(item.grad.device, []).append((item, plain(torch.isfinite(item.grad).all())))
+        return [
+            item
+            for pairs in flags.values()
+            for (item, _), finite in zip(pairs, torch.stack([flag for _, flag in pairs]).tolist(), strict=True)
+            if not finite
+        ]
+
+
+class EGSGD(Optimizer):
+    r"""SGD with a gain per element that is learned by exponentiated gradients: the plain form of the article.
+
+    Definition:
+        With $\nu_0 = 1$ and $g_t$ = the gradient of a parameter $\theta_t$,
+        $$\nu_{t+1} = \nu_t \odot e^{\gamma\,g_{t-1} \odot g_t}, \qquad
+        \theta_{t+1} = \theta_t - \eta\,\nu_{t+1} \odot g_t$$
+        with $\eta$ = `lr` and $\gamma$ = `gamma`. It is one step of exponentiated gradient descent on $\nu$, since
+        $\nabla_{\nu_t} L = -\eta\,g_{t-1} \odot g_t$. Weight decay $\lambda$ is decoupled:
+        $\theta \leftarrow (1 - \eta\lambda)\theta$ first.
+
+    Args:
+        params: parameters, named parameters, or groups of them with their own options, as in torch.
+        lr: $\eta \ge 0$, a number or a tensor with one element.
+        gamma: $\gamma \ge 0$, in units of one over a gradient squared; 0 is SGD.
+        weight_decay: $\lambda \ge 0$.
+        nonfinite: as in [`EGStepSize`][danlu.optim.EGStepSize].
+        foreach: as in `EGStepSize`.
+        maximize: climb instead of descend.
+
+    Returns:
+        From `step`: what the closure returned, or None. `nonfinite_events` as in `EGStepSize`.
+
+    Raises:
+        TypeError: an option is not of its type.
+        ValueError: `lr`, `gamma` or `weight_decay` < 0, or an unknown `nonfinite`; also in a group.
+        RuntimeError: from `step` on a sparse or complex gradient, or on a bad one with `nonfinite="raise"`.
+
+    Numerics:
+        The gain is kept as its logarithm, which stops at $\pm 80$. Gradients much larger than $\gamma^{-1/2}$ drive it
+        there within a step: take `EGStepSize`, which uses signs, unless the gradients are known to be small.
+
+    Cost:
+        8 bytes of state and 28 bytes of memory traffic per float32 parameter.
+
+    Source:
+        "指数梯度下降 + 元学习 = 自适应学习率" (2022-03-03); arXiv 2202.00145.
+
+    Example:
+        >>> import torch
+        >>> from danlu.optim import EGSGD
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = EGSGD([w], lr=0.05, gamma=0.1)
+        >>> for _ in range(4):
+        ...     w.grad = torch.tensor([2.0, 0.5]) * w.data
+        ...     optimizer.step()
+        >>> w.data
+        tensor([ 0.4817, -1.7783])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        gamma: float = 0.01,
+        *,
+        weight_decay: float = 0.0,
+        nonfinite: StepSizeNonfinite = "skip",
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "gamma": gamma,
+            "weight_decay": weight_decay,
+            "nonfinite": nonfinite,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        check_common(defaults)
+        check_real("gamma", gamma, low=0.0)
+        self._nonfinite_counts: dict[Tensor, Tensor] = {}
+        super().__init__(params, defaults)
+
+    @property
+    def nonfinite_events(self) -> dict[str, int]:
+        """How many gradients were not finite so far, by parameter name; empty when there were none."""
+        return event_counts(self.param_groups, self._nonfinite_counts)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
+        if isinstance(param_group, dict):
+            check_common(self.defaults | param_group)
+            check_real("gamma", (self.defaults | param_group)["gamma"], low=0.0)
+            param_group = dict(param_group)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_nonfinite_counts": self._nonfinite_counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; the optimizer owns copies of its tensors."""
+        super().load_state_dict(state_dict)
+        restore(self, state_dict["state"], state_dict["param_groups"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
+        """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_real_gradients("EGSGD", self.param_groups)
+        raise_where_wanted(self.param_groups)
+        for group in self.param_groups:
+            rate = as_float(group["lr"])
+            rule = Rule(
+                kind="sgd",
+                lr=rate,
+                climb=group["maximize"],
+                decay=rate * group["weight_decay"],
+                gain_lr=group["gamma"],
+                sign_gain=False,
+                guard=group["nonfinite"] == "skip",
+            )
+            items = items_of(group, rule, self.state, self._nonfinite_counts)
+            advance(items, foreach=group["foreach"], shared=False)
+        return loss
+
+
+def _rule(kind: Kind, group: Mapping[str, Any]) -> Rule:
+    """The numbers of a group; those of an optimizer that is wrapped stay with it."""
+    rate = as_float(group["lr"])
+    numbers: dict[str, Any] = {}
+    if kind == "sgdm":
+        numbers = {"momentum": group["momentum"], "momentum_beta": group["momentum_beta"]}
+    elif kind == "adam":
+        numbers = {"betas": tuple(group["betas"]), "eps": group["eps"]}
+    return Rule(
+        kind=kind,
+        lr=rate,
+        climb=bool(group.get("maximize", False)),
+        decay=0.0 if kind == "wrapped" else rate * group["weight_decay"],
+        gain_lr=group["gain_lr"] if group["per_coordinate"] else 0.0,
+        scale_lr=group["scale_lr"],
+        gain_range=tuple(group["gain_range"]),
+        scale_range=tuple(group["scale_range"]),
+        normalize_scale=group["normalize_scale"],
+        sign_gain=group["sign_gain"],
+        guard=kind != "wrapped" and group["nonfinite"] == "skip",
+        **numbers,
+    )
+
+
+def _copied(value: object) -> object:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _check_wrapped(inner: Optimizer, params: object, of_inner: Mapping[str, Any]) -> None:
+    if isinstance(inner, torch.optim.LBFGS):
+        raise ValueError("inner must take a step without a closure, got LBFGS")
+    for name, value in {"params": params, **of_inner}.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{name} belongs to the inner optimizer, which was given; got {name}={value!r} here as well"
+            )
+
+
+def _check_own(group: Mapping[str, Any]) -> None:
+    check_real("gain_lr", group["gain_lr"], low=0.0)
+    check_real("scale_lr", group["scale_lr"], low=0.0)
+    check_range("gain_range", group["gain_range"])
+    check_range("scale_range", group["scale_range"])
+    for name in ("normalize_scale", "sign_gain", "per_coordinate"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be a bool, got {group[name]!r}")
+
+
+def _check_group(group: Mapping[str, Any], inner: str) -> None:
+    _check_own(group)
+    check_common(group)
+    if inner == "sgdm":
+        check_beta("momentum", group["momentum"])
+        check_beta("momentum_beta", group["momentum_beta"])
+        return
+    # A checkpoint that went through JSON gives back a list.
+    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {group['betas']!r}")
+    check_beta("betas[0]", group["betas"][0])
+    check_beta("betas[1]", group["betas"][1])
+    check_real("eps", group["eps"], low=0.0)
