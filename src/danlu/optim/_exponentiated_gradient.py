@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_dim, check_real
-from danlu.optim._nonfinite import event_counts, is_finite
+from danlu.optim._nonfinite import all_finite, event_counts, is_finite
 from danlu.optim._options import as_float
 from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
 from danlu.optim._traversal import blocks, compute_dtype, plan, write_back
@@ -194,7 +194,7 @@ class ExponentiatedGradient(Optimizer):
         """The definition on a whole tensor, without reading a value back."""
         dtype = compute_dtype(param.dtype)
         theta, exponent = param.to(dtype), param.grad.to(dtype).mul(-lr)  # pyrefly: ignore[missing-attribute]
-        finite = plain(torch.isfinite(param.grad).all()) if guard else None  # pyrefly: ignore[bad-argument-type]
+        finite = all_finite(param.grad) if guard else None  # pyrefly: ignore[bad-argument-type]
         exponent = _relative(exponent, group)
         beyond = plain((exponent.abs() > _EXPONENT).sum())
         moved = _moved(theta, exponent.clamp_(-_EXPONENT, _EXPONENT), group, param.dtype)
@@ -313,7 +313,7 @@ def _check_param(param: Tensor, group: Mapping[str, Any]) -> None:
     if param.numel() == 0 or param.is_meta or param.is_complex():
         return
     data = param.detach()
-    if not bool(plain(torch.isfinite(data).all())):
+    if not bool(all_finite(data)):
         raise ValueError(f"params must be finite, got NaN or Inf in a parameter of shape {shape}")
     if mode == "signed":
         return

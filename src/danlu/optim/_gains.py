@@ -7,7 +7,7 @@ Shape letters: `...` any shape, the same for a parameter, its gradient and its s
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from danlu._common.checks import check_real
-from danlu.optim._nonfinite import is_finite
+from danlu.kernels.step_size import StepSizeNumbers, dtypes_supported, sgdm_step
+from danlu.optim._nonfinite import all_finite, is_finite
 from danlu.optim._step_checks import plain
-from danlu.optim._traversal import blocks, compute_dtype, plan, scratch, write_back
+from danlu.optim._traversal import blocks, compute_dtype, kernel_test, plan, scratch, write_back
 
 __all__ = [
     "Item",
@@ -149,12 +150,16 @@ def items_of(
     return items
 
 
-def advance(items: Sequence[Item], *, foreach: bool | None, shared: bool) -> None:
+def advance(items: Sequence[Item], *, foreach: bool | None, fused: bool | None, shared: bool) -> None:
     """One step of all `items`, in place; with `shared` one inner product of all tensors moves all scales."""
+    params, grads = [item.param for item in items], [item.grad for item in items]
+    compiled: list[Item] = []
     loop: list[Item] = []
     blocked: list[Item] = []
-    for path, indices in plan([item.param for item in items], [item.grad for item in items], foreach):
-        (blocked if path == "blocks" else loop).extend(items[i] for i in indices)
+    for path, indices in plan(params, grads, foreach, _kernel(items, foreach=foreach, fused=fused, shared=shared)):
+        {"fused": compiled, "blocks": blocked}.get(path, loop).extend(items[i] for i in indices)
+    for alike in _alike(compiled):
+        _move_compiled(alike, shared=shared)
     memory: dict[torch.dtype, Tensor] = {}
     pairs = [(item, False) for item in loop] + [(item, True) for item in blocked]
     # Tensor by tensor, so that the second phase finds in the cache what the first has read.
@@ -170,10 +175,74 @@ def advance(items: Sequence[Item], *, foreach: bool | None, shared: bool) -> Non
                 _move_blocks(item, memory)
 
 
+def _kernel(
+    items: Sequence[Item], *, foreach: bool | None, fused: bool | None, shared: bool
+) -> Callable[[int], bool] | None:
+    """What tells which tensors the compiled step takes.
+
+    Without gains and scales it takes none: their step is then that of torch, bit for bit.
+    """
+    adapted = [item.rule.kind == "sgdm" and ("log_gain" in item.state or "log_scale" in item.state) for item in items]
+    if not any(adapted):
+        return None
+    states = [item.state["momentum_buffer"] for item in items]
+    takes = kernel_test(
+        "step_size",
+        [item.param for item in items],
+        [item.grad for item in items],
+        states,
+        fused=fused,
+        foreach=foreach,
+        supported=dtypes_supported,
+    )
+    if takes is None:
+        return None
+    taken = [item.param.numel() > 0 and adapted[i] and takes(i) for i, item in enumerate(items)]
+    chosen = [item for item, one in zip(items, taken, strict=True) if one]
+    if shared and (len(_alike(chosen)) != 1 or len(chosen) < sum(item.param.numel() > 0 for item in items)):
+        # One scale needs all inner products in one place.
+        return None
+    return taken.__getitem__
+
+
+def _alike(items: Sequence[Item]) -> list[list[Item]]:
+    """Items that one compiled call can take: of one dtype and rule, with the same state entries."""
+    found: dict[object, list[Item]] = {}
+    for item in items:
+        found.setdefault((item.param.dtype, item.rule, tuple(sorted(item.state))), []).append(item)
+    return list(found.values())
+
+
+def _move_compiled(items: Sequence[Item], *, shared: bool) -> None:
+    rule = items[0].rule
+    numbers = StepSizeNumbers(
+        lr=rule.lr,
+        decay=rule.decay,
+        momentum=rule.momentum,
+        momentum_beta=rule.momentum_beta,
+        gain_lr=rule.gain_lr,
+        gain_range=_log_range(rule.gain_range),
+        scale_lr=rule.scale_lr,
+        scale_range=_log_range(rule.scale_range),
+        normalize_scale=rule.normalize_scale,
+        sign_gain=rule.sign_gain,
+        climb=rule.climb,
+        guard=rule.guard,
+        shared=shared,
+    )
+    skipped = sgdm_step(
+        [item.param for item in items], [item.grad for item in items], [item.state for item in items], numbers
+    )
+    for i in skipped:
+        count = items[i].count
+        if count is not None:
+            count.add_(1)
+
+
 def measured(item: Item, direction: Tensor | None) -> Measured:
     """Inner products of the whole gradient with `direction`, without reading a value back."""
     grad = item.grad.to(compute_dtype(item.grad.dtype))
-    finite = plain(torch.isfinite(grad).all()) if item.rule.guard else True
+    finite = all_finite(grad) if item.rule.guard else True
     if direction is None:
         return Measured(finite)
     return Measured(

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._displacement import adapts, last_displacement, stretch
 from danlu.optim._gains import Item, Kind, Rule, adapt_scales, advance, check_range, items_of
-from danlu.optim._nonfinite import event_counts, parameter_name
+from danlu.optim._nonfinite import all_finite, event_counts, parameter_name
 from danlu.optim._options import as_float, check_beta
 from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted, restore
 
@@ -80,6 +80,8 @@ class EGStepSize(Optimizer):
             not looked for. Around an optimizer, `"skip"` waits for the device once per step.
         foreach: None or True takes tensors on the CPU in cache-sized blocks, False one by one. Accelerators and
             DTensors always take plain operations.
+        fused: None takes the compiled step of `"sgdm"` on the CPU where it can run, unless `foreach` is given; True
+            raises where it cannot; False never. `"adam"` and optimizers have none.
         maximize: climb instead of descend. Around an optimizer this is its own option.
 
     Returns:
@@ -147,6 +149,7 @@ class EGStepSize(Optimizer):
         weight_decay: float | None = None,
         nonfinite: StepSizeNonfinite = "skip",
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
     ) -> None:
         own: dict[str, Any] = {
@@ -166,6 +169,7 @@ class EGStepSize(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "foreach": foreach,
+            "fused": fused,
             "maximize": maximize,
         }
         check_choice("scale_scope", scale_scope, ("tensor", "global"))
@@ -301,10 +305,12 @@ class EGStepSize(Optimizer):
             return loss
         batches = [self._items(group) for group in self.param_groups]
         if self._shared:
-            advance(list(chain.from_iterable(batches)), foreach=self.param_groups[0]["foreach"], shared=True)
+            first = self.param_groups[0]
+            items = list(chain.from_iterable(batches))
+            advance(items, foreach=first["foreach"], fused=first["fused"], shared=True)
         else:
             for group, items in zip(self.param_groups, batches, strict=True):
-                advance(items, foreach=group["foreach"], shared=False)
+                advance(items, foreach=group["foreach"], fused=group["fused"], shared=False)
         return loss
 
     def _items(self, group: Mapping[str, Any]) -> list[Item]:
@@ -338,7 +344,7 @@ class EGStepSize(Optimizer):
         """Items with a bad gradient; one wait for each device."""
         flags: dict[torch.device, list[tuple[Item, Tensor]]] = {}
         for item in items:
-            flags.setdefault(item.grad.device, []).append((item, plain(torch.isfinite(item.grad).all())))
+            flags.setdefault(item.grad.device, []).append((item, all_finite(item.grad)))
         return [
             item
             for pairs in flags.values()
@@ -463,7 +469,7 @@ class EGSGD(Optimizer):
                 guard=group["nonfinite"] == "skip",
             )
             items = items_of(group, rule, self.state, self._nonfinite_counts)
-            advance(items, foreach=group["foreach"], shared=False)
+            advance(items, foreach=group["foreach"], fused=False, shared=False)
         return loss
 
 
@@ -518,6 +524,12 @@ def _check_own(group: Mapping[str, Any]) -> None:
 def _check_group(group: Mapping[str, Any], inner: str) -> None:
     _check_own(group)
     check_common(group)
+    if group["fused"] not in (None, True, False):
+        raise TypeError(f"fused must be a bool or None, got {group['fused']!r}")
+    if group["fused"] and group["foreach"]:
+        raise ValueError("foreach and fused cannot both be True")
+    if group["fused"] and inner != "sgdm":
+        raise ValueError(f"fused=True is for inner='sgdm', got inner={inner!r}")
     if inner == "sgdm":
         check_beta("momentum", group["momentum"])
         check_beta("momentum_beta", group["momentum_beta"])
