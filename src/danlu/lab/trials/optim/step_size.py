@@ -31,7 +31,7 @@ TRIAL = Trial(
     sizes={
         "ci": Budget(steps=20, seeds=3, options={"width": 16}),
         "demo": Budget(steps=285, seeds=5),
-        "report": Budget(steps=285, seeds=10),
+        "report": Budget(steps=285, seeds=12),
         "gpu": Budget(steps=1500, seeds=10, options={"device": "cuda", "width": 512}),
     },
     notes=(
