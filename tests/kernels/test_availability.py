@@ -45,7 +45,7 @@ def test_reasons():
 def test_status_names_every_kernel_and_device():
     found = kernels.status()
     assert found["sign_update (cpu)"] == "ready"
-    assert set(found) == {"sign_update (cpu)", "sign_update (cuda)"}
+    assert set(found) == {"sign_update (cpu)", "sign_update (cuda)", "step_size (cpu)"}
 
 
 def test_without_a_compiler_the_step_falls_back_and_says_so_once(no_compiler):

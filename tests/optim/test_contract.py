@@ -96,6 +96,9 @@ def test_all_paths_equal_the_loop(cls, shape, dtype, options):
         for fast, slow in zip(found[path], found[False], strict=True):
             # Two units in the last place of the update's arithmetic.
             rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (3e-7, 1e-8)
+            if cls is EGStepSize and dtype == torch.float32:
+                # Its buffer sums what five steps rounded (decision 11).
+                rtol, atol = 1.5e-6, 1.5e-6
             torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
 
 
