@@ -47,6 +47,14 @@ NO_TRIAL = {
     "optim/tiger_paths": "part of Tiger",
     "optim/traversal": "what the optimizers share",
     "positions/rotary": "the baseline of the trials of its relatives",
+    "precision/audit": "a tool for models; its evidence are the planted models of its tests",
+    "precision/compile": "part of the training step, see precision/precision",
+    "precision/hazards": "the rules of the audit",
+    "precision/mask_value": "a constant",
+    "precision/modes": "part of the training step, see precision/precision",
+    "precision/probe": "part of the report, see precision/precision",
+    "precision/report": "a measurement; precision/precision publishes one",
+    "precision/train_step": "its trials are precision/precision and precision/loss_scaling",
     "simplex/softmax": "the baseline of the trials of its relatives",
 }
 # Private files whose tests are those of the public functions that use them.
@@ -63,6 +71,10 @@ NO_TEST = {
     "optim/step_checks",
     "optim/tiger_paths",
     "optim/traversal",
+    "precision/compile",
+    "precision/hazards",
+    "precision/modes",
+    "precision/probe",
 }
 
 PUBLIC = [(family, name) for family in FAMILIES for name in importlib.import_module(f"danlu.{family}").__all__]
