@@ -49,6 +49,10 @@ def test_run_prints_progress_table_and_report(ran):
     assert "fast vs slow, error" in done.stdout
     assert "local/tiny_trial: holds (3 seeds, size ci)" in done.stdout
     assert re.search(r"fast vs slow, error +\+\d\S* +\[\+\d\S*, \+\d\S*\] *$", done.stdout, flags=re.MULTILINE)
+    # Every metric of every arm, not only those that decide.
+    assert re.search(r"^ +metric +slow +fast +fast_biased *$", done.stdout, flags=re.MULTILINE)
+    for metric in ("error", "error@twice", "seconds_per_fit"):
+        assert re.search(rf"^  {metric}( +\d\S*){{3}} *$", done.stdout, flags=re.MULTILINE)
     report = Path(re.search(r"^report: (.*)$", done.stdout, flags=re.MULTILINE)[1])
     assert report.exists()
     assert report.parent == folder / "report"

@@ -324,28 +324,36 @@ def test_gradients_below_1e_8_stall_in_fp16_unless_the_loss_is_scaled(precision,
 # -------------------------------------------------------------------------------------------------- facts about Adam
 
 
-def trajectory(make_optimizer, scale, steps=20):
-    """Float64 trajectory with the gradients of the loss times `scale`, never unscaled."""
+def trajectory(make_optimizer, scale, steps=20, curvature=1.0):
+    """Float64 trajectory with the gradients of the loss times `scale`, never unscaled; they are of size 1e-8."""
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(6, dtype=torch.float64))
     optimizer = make_optimizer([w])
-    target = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    slope = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     for _ in range(steps):
         optimizer.zero_grad()
-        # Gradients of about 1e-8.
-        (((w - target).square().sum() * 1e-8) * scale).backward()
+        ((curvature * w.square().sum() / 2 + w @ slope) * 1e-8 * scale).backward()
         optimizer.step()
     return w.detach().clone()
 
 
-def test_scaling_the_loss_is_dividing_adams_eps():
-    scaled = trajectory(lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-8), 1000.0)
-    divided = trajectory(lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-8 / 1000.0), 1.0)
-    assert (scaled - divided).abs().max() <= 1e-15
-    plain = trajectory(lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-8), 1.0)
+@pytest.mark.parametrize("curvature", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [1000.0, 1024.0])
+def test_scaling_the_loss_is_dividing_adams_eps(scale, curvature):
+    def adam(eps, scale):
+        return trajectory(lambda p: torch.optim.Adam(p, lr=1e-3, eps=eps), scale, curvature=curvature)
+
+    assert (adam(1e-8, scale) - adam(1e-8 / scale, 1.0)).abs().max() <= 1e-15
+
+
+def test_adams_eps_is_why_scaling_seems_to_help_in_float32():
+    """Constant gradients of the size of eps: 1 / (1 + 1) of a full step without, 1 / (1 + 1/1000) with the scale."""
     start = trajectory(lambda p: torch.optim.SGD(p, lr=0.0), 1.0)
-    # Scaling helps "even in float32", because eps slows down what is as small as it is.
-    assert (scaled - start).norm() / (plain - start).norm() > 1.3
+    moved = [
+        (trajectory(lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-8), scale, curvature=0.0) - start).norm()
+        for scale in (1.0, 1000.0)
+    ]
+    assert moved[1] / moved[0] == pytest.approx(2 / 1.001, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1000.0, 1024.0, 1e6])
@@ -480,6 +488,7 @@ def test_auto_keeps_what_pays(monkeypatch, compile_seconds, fast_seconds, total,
     assert (time.perf_counter() - start < 0.015) == (kept == "compiled")
 
 
+@pytest.mark.slow
 def test_auto_with_inductor():
     model = net()
     step = TrainStep(model, square_loss, adamw(model), compile="auto", total_steps=20)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
@@ -233,10 +233,33 @@ def _print(outcomes: list[Outcome], as_json: bool, report: Path | None) -> None:
             interval = f"\\[{gain.low:+.{places}f}, {gain.high:+.{places}f}]"
             table.add_row(against, f"{gain.mean:+.{places}f}", interval)
         console.print(table)
+        console.print(_arms(outcome))
     console.print("[dim]gain: paired difference, positive where the candidate is better[/dim]", highlight=False)
+    console.print("[dim]metrics: means over the seeds[/dim]", highlight=False)
     if report is not None:
         # Plain, so that the path can be copied whatever the width of the terminal.
         typer.echo(f"report: {report.resolve()}")
+
+
+def _arms(outcome: Outcome) -> Table:
+    """What was measured of every arm, one row per metric: the numbers behind the comparisons, and the costs."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("  metric", no_wrap=True)
+    for arm in outcome.arms:
+        table.add_column(arm.name, justify="right", overflow="fold")
+    # In the order of the arm that has most of them; one may lack what does not apply to it.
+    fullest = sorted(outcome.arms, key=lambda arm: -len(arm.metrics))
+    for metric in dict.fromkeys(metric for arm in fullest for metric in arm.metrics):
+        table.add_row(f"  {metric}", *(_mean(arm.metrics.get(metric, {}).values()) for arm in outcome.arms))
+    seconds = ([cost.seconds for cost in arm.costs.values()] for arm in outcome.arms)
+    table.add_row("  seconds_per_fit", *map(_mean, seconds))
+    return table
+
+
+def _mean(values: Iterable[float]) -> str:
+    """Mean with four digits; a dash where there is nothing to average."""
+    numbers = list(values)
+    return f"{sum(numbers) / len(numbers):.4g}" if numbers else "-"
 
 
 def _places(low: float, high: float) -> int:

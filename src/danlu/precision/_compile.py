@@ -20,6 +20,8 @@ __all__ = ["CompileReport", "Compiler", "break_even", "check_compile", "wait_for
 
 # Calls that are timed on each side; the one before them is a warm-up.
 _TIMED = 3
+# Characters of a compiler error that a warning repeats.
+_TOLD = 300
 _OPTIONS = ("backend", "mode", "options", "fullgraph", "dynamic")
 
 
@@ -167,8 +169,9 @@ class Compiler:
         except Exception as error:
             restart()
             result = run(self._model)
-            # The first line names the backend, the second its error.
-            said = f"{type(error).__name__}: {' '.join(line.strip() for line in str(error).splitlines()[:2])}"
+            # The first line names the backend, the second its error; some list every option there is.
+            told = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            said = f"{type(error).__name__}: {told if len(told) < _TOLD else told[:_TOLD] + '...'}"
             self.report = CompileReport("eager", f"the compiler failed: {said}")
             warnings.warn(f"torch.compile failed and the model runs without it ({said})", stacklevel=5)
             return result

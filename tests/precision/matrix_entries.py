@@ -1,0 +1,110 @@
+"""How to call every public name of the package, for the matrix of precisions; one entry per name.
+
+An entry builds a differentiable call from float32 leaves. A name that computes nothing, or nothing differentiable, is
+exempt, with the reason.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import danlu.attention as attention
+import danlu.losses as losses
+import danlu.optim as optim
+import danlu.positions as positions
+import danlu.simplex as simplex
+
+__all__ = ["EXEMPT", "OPERATIONS", "OPTIMIZERS", "Operation"]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A differentiable call.
+
+    Args:
+        call: of the leaves; returns a floating tensor.
+        leaves: shapes of the float32 tensors that require gradients.
+        tolerance: of result and gradients in bf16 and fp16 relative to their largest element, in units of the dtype's
+            spacing at 1; the inputs alone are rounded by half of one.
+        whole_graph: empty if `torch.compile(fullgraph=True)` takes it, else the reason why not, which is tested.
+        positive: whether the leaves are probabilities.
+    """
+
+    call: Callable[..., Tensor]
+    leaves: tuple[tuple[int, ...], ...]
+    tolerance: float = 8.0
+    whole_graph: str = ""
+    positive: bool = False
+
+
+TARGET = torch.tensor([0, 2, -100, 6, 3, 5])
+FREQUENCIES = positions.rope_frequencies(8)
+SLOTS = torch.arange(6)
+QKV = ((2, 4, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8))
+PADDING = torch.tensor([[True] * 6, [False] * 2 + [True] * 4])
+ROTARY = positions.RotaryEmbedding(8)
+CHUNKED = "the chunks are written in place, which a compiler cannot differentiate; it breaks the graph there"
+
+
+def linear(loss):
+    def call(hidden: Tensor, weight: Tensor) -> Tensor:
+        return loss(hidden, weight)
+
+    return Operation(call, ((6, 5), (7, 5)), whole_graph=CHUNKED)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "attention.ReRoPE": Operation(lambda q, k, v: attention.ReRoPE(window=3)(q, k, v, PADDING), QKV),
+    "attention.rerope_attention": Operation(
+        lambda q, k, v: attention.rerope_attention(q, k, v, window=3, slope=0.5, key_padding_mask=PADDING), QKV
+    ),
+    "attention.rope_attention": Operation(
+        lambda q, k, v: attention.rope_attention(q, k, v, key_padding_mask=PADDING), QKV
+    ),
+    "losses.CrossEntropy": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.CrossEntropy(0.1))),
+    "losses.TaiLr": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.TaiLr(0.3, min_weight=0.2))),
+    "losses.TaiLrLoss": Operation(lambda z: losses.TaiLrLoss(0.3)(z, TARGET), ((6, 7),)),
+    "losses.linear_loss": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.CrossEntropy(), chunk_size=4)),
+    "losses.linear_tailr_loss": linear(lambda h, w: losses.linear_tailr_loss(h, w, TARGET, gamma=0.3, chunk_size=4)),
+    "losses.tailr_loss": Operation(lambda z: losses.tailr_loss(z, TARGET, gamma=0.3, label_smoothing=0.1), ((6, 7),)),
+    "losses.tailr_unbias": Operation(lambda p: losses.tailr_unbias(p, gamma=0.1), ((3, 7),), positive=True),
+    "positions.RotaryEmbedding": Operation(lambda x: ROTARY(x), ((2, 6, 8),)),
+    "positions.apply_rope": Operation(lambda x: positions.apply_rope(x, SLOTS, FREQUENCIES), ((2, 6, 8),)),
+    "simplex.Softmax": Operation(lambda z: simplex.Softmax(temperature=0.5)(z), ((4, 7),)),
+    "simplex.softmax": Operation(
+        lambda z: simplex.softmax(z.masked_fill(TARGET[:4, None] == 2, -math.inf), temperature=2.0), ((4, 7),)
+    ),
+}
+
+
+def model() -> nn.Sequential:
+    """Embedding, norm, vectors and matrices: every kind of parameter."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 3))
+
+
+# Any optimizer takes the groups of a model; one that needs more gets an entry of its own here.
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "optim.Lion": lambda net: optim.Lion(optim.parameter_groups(net, weight_decay=0.1), lr=0.01),
+    "optim.Tiger": lambda net: optim.Tiger(net, lr=0.01),
+}
+
+EXEMPT: dict[str, str] = {
+    "optim.lion": "the function behind Lion: it updates in place and has no gradient; run through the class",
+    "optim.parameter_groups": "sorts parameters, computes nothing",
+    "optim.piecewise_linear": "a schedule, Python numbers only",
+    "optim.tiger": "the function behind Tiger: it updates in place and has no gradient; run through the class",
+    "positions.rope_frequencies": "a float64 table from integers, without an input that autocast could touch",
+    "precision.CompileReport": "a record",
+    "precision.Finding": "a record",
+    "precision.ModeReport": "a record",
+    "precision.PrecisionReport": "a record",
+    "precision.StepRecord": "a record",
+    "precision.TrainStep": "sets the precision itself; run in every precision by test_train_step.py",
+    "precision.audit_precision": "a diagnostic that sets the precision itself; see test_audit.py",
+    "precision.mask_value": "a number per dtype; compiled by test_mask_value.py",
+    "precision.precision_report": "a measurement that sets the precision itself; see test_report.py",
+}

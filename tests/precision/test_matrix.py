@@ -1,0 +1,244 @@
+"""Every public operation, loss and optimizer of the package in half precision, after an overflow, and compiled.
+
+The rows are the families' `__all__`, whatever they hold: a new name without an entry in `matrix_entries.py` fails.
+Tested of optimizers: an overflow step of a `GradScaler` leaves parameters and state bit for bit as they were, training
+goes on after it, and gradients of a compiled model under autocast serve them. Their `step` itself is not compiled.
+"""
+
+import importlib
+import inspect
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from matrix_entries import EXEMPT, OPERATIONS, OPTIMIZERS, model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import danlu
+
+SOURCE = Path(danlu.__file__).parent
+# Not families: private helpers, kernels behind the operations, the wiring into frameworks, and the laboratory.
+OTHER = {"_common", "kernels", "integrations", "lab"}
+FAMILIES = sorted(
+    path.stem
+    for path in SOURCE.iterdir()
+    if path.stem not in OTHER
+    and not path.stem.startswith("__")
+    and (path.suffix == ".py" or (path / "__init__.py").exists())
+)
+PUBLIC = {
+    f"{family}.{name}": getattr(importlib.import_module(f"danlu.{family}"), name)
+    for family in FAMILIES
+    for name in importlib.import_module(f"danlu.{family}").__all__
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+operations = pytest.mark.parametrize("name", sorted(OPERATIONS))
+optimizers = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+
+
+def test_every_public_name_has_exactly_one_entry():
+    entries = [*OPERATIONS, *OPTIMIZERS, *EXEMPT]
+    assert len(entries) == len(set(entries))
+    missing = sorted(set(PUBLIC) - set(entries))
+    assert not missing, f"add to tests/precision/matrix_entries.py: {', '.join(missing)}"
+    assert not (stale := sorted(set(entries) - set(PUBLIC))), f"no longer public: {', '.join(stale)}"
+
+
+def test_optimizers_are_optimizers_and_exemptions_have_reasons():
+    classes = {name for name, one in PUBLIC.items() if inspect.isclass(one) and issubclass(one, torch.optim.Optimizer)}
+    assert classes == set(OPTIMIZERS)
+    assert {"simplex", "losses", "attention", "positions", "optim", "precision"} <= set(FAMILIES)
+    for name, reason in EXEMPT.items():
+        assert len(reason) >= len("a record"), name
+        # A module has a forward, and what has a forward is an operation.
+        assert not (inspect.isclass(PUBLIC[name]) and issubclass(PUBLIC[name], nn.Module)), name
+
+
+def leaves_of(name: str) -> list[Tensor]:
+    operation = OPERATIONS[name]
+    generator = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(shape, generator=generator) for shape in operation.leaves]
+    if operation.positive:
+        tensors = [tensor.softmax(-1) for tensor in tensors]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def value_and_gradients(call, leaves: list[Tensor]) -> list[Tensor]:
+    """The result, and gradients under a fixed cotangent, which backward gets outside of autocast as it should."""
+    result = call(*leaves)
+    weights = torch.linspace(-1, 1.5, result.numel()).view(result.shape)
+    (result.float() * weights).sum().backward()
+    grads = [leaf.grad for leaf in leaves]
+    assert all(grad is not None and grad.dtype == torch.float32 for grad in grads)
+    for leaf in leaves:
+        leaf.grad = None
+    return [result.detach().float(), *grads]
+
+
+@operations
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("inputs", ["float32", "half"])
+def test_under_autocast_equals_float32(name, precision, inputs):
+    """With float32 inputs, and with half ones as they come out of a linear layer."""
+    operation, dtype, leaves = OPERATIONS[name], DTYPES[precision], leaves_of(name)
+    exact = value_and_gradients(operation.call, leaves)
+
+    def call(*tensors):
+        with torch.autocast("cpu", dtype=dtype):
+            given = [tensor.to(dtype) for tensor in tensors] if inputs == "half" else tensors
+            return operation.call(*given)
+
+    found = value_and_gradients(call, leaves)
+    for mine, theirs in zip(found, exact, strict=True):
+        assert mine.isfinite().all()
+        bound = operation.tolerance * torch.finfo(dtype).eps * theirs.abs().max()
+        assert (mine - theirs).abs().max() <= bound
+
+
+@operations
+def test_scaler_skips_the_overflow_and_goes_on(name):
+    """fp16 with a `GradScaler`: the first step overflows and changes nothing; the next ones train."""
+    operation = OPERATIONS[name]
+    params = [nn.Parameter(leaf.detach()) for leaf in leaves_of(name)]
+    optimizer = torch.optim.SGD(params, lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    before = [p.detach().clone() for p in params]
+    for step in range(3):
+        with torch.autocast("cpu", dtype=torch.float16):
+            result = operation.call(*params)
+            weights = torch.linspace(-1, 1.5, result.numel()).view(result.shape)
+            loss = (result.float() * weights).sum()
+        optimizer.zero_grad()
+        (scaler.scale(loss) * (math.inf if step == 0 else 2.0**-10)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 0:
+            assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+            assert scaler.get_scale() == 2.0**15
+    assert scaler.get_scale() == 2.0**15
+    assert all(p.isfinite().all() for p in params)
+    assert not all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@operations
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiles_as_one_graph_to_the_same_numbers(name, precision):
+    """Forward and backward traced by dynamo and AOT autograd, in float32 and under autocast."""
+    operation, leaves = OPERATIONS[name], leaves_of(name)
+    dtype = DTYPES.get(precision, torch.bfloat16)
+
+    def call(*tensors):
+        with torch.autocast("cpu", dtype=dtype, enabled=precision in DTYPES):
+            return operation.call(*tensors)
+
+    exact = value_and_gradients(call, leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    if operation.whole_graph:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            compiled(*leaves)
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend="aot_eager")
+    for mine, theirs in zip(value_and_gradients(compiled, leaves), exact, strict=True):
+        eps = torch.finfo(dtype).eps if precision in DTYPES else 1e-6
+        assert (mine - theirs).abs().max() <= 4 * eps * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.slow
+@operations
+def test_inductor_gives_the_same_numbers(name):
+    inductor(name)
+
+
+@pytest.mark.parametrize("name", ["simplex.softmax", "losses.tailr_loss"])
+def test_inductor_on_some(name):
+    inductor(name)
+
+
+def inductor(name: str) -> None:
+    operation, leaves = OPERATIONS[name], leaves_of(name)
+    exact = value_and_gradients(operation.call, leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(operation.call, fullgraph=not operation.whole_graph)
+    for mine, theirs in zip(value_and_gradients(compiled, leaves), exact, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- optimizers
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(11, (9,), generator=torch.Generator().manual_seed(step))
+
+
+def token_loss(net, step: int, dtype=None) -> Tensor:
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        return F.mse_loss(net(tokens(step)).float(), torch.ones(9, 3))
+
+
+def contents(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All tensors of the state, and the numbers of the groups as one."""
+    held = [
+        value.clone() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    ]
+    numbers = [float(v) for g in optimizer.param_groups for v in g.values() if isinstance(v, int | float)]
+    return [*held, torch.tensor(numbers, dtype=torch.float64)]
+
+
+@optimizers
+@pytest.mark.parametrize("precision", DTYPES)
+def test_optimizer_trains_under_autocast(name, precision):
+    net = model()
+    optimizer = OPTIMIZERS[name](net)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = token_loss(net, 0, DTYPES[precision])
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+@optimizers
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_optimizer_is_left_alone_by_an_overflow_step(name, bad):
+    net = model()
+    optimizer = OPTIMIZERS[name](net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(6):
+        optimizer.zero_grad()
+        scaler.scale(token_loss(net, step, torch.float16)).backward()
+        before = [p.detach().clone() for p in net.parameters()], contents(optimizer)
+        if step == 3:
+            net[1].weight.grad[0, 0] = bad
+        scaler.step(optimizer)
+        scaler.update()
+        after = [p.detach().clone() for p in net.parameters()], contents(optimizer)
+        if step > 0:
+            unchanged = all(
+                torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)
+            )
+            assert unchanged == (step == 3)
+    assert scaler.get_scale() == 2.0**9
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@optimizers
+def test_optimizer_takes_gradients_of_a_compiled_model(name):
+    found = []
+    for compiled in (False, True):
+        net = model()
+        optimizer = OPTIMIZERS[name](net)
+        torch._dynamo.reset()
+        run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+        for step in range(4):
+            optimizer.zero_grad()
+            token_loss(run, step).backward()
+            optimizer.step()
+        found.append([p.detach().clone() for p in net.parameters()])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
