@@ -203,11 +203,22 @@ def test_optimizer_trains_under_autocast(name, precision):
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
-@optimizers
+def paths():
+    """Every implementation of every optimizer, as far as its class has the option."""
+    for name in sorted(OPTIMIZERS):
+        for options in ({}, {"foreach": True}, {"foreach": False}, {"fused": True}):
+            if options.keys() <= inspect.signature(PUBLIC[name]).parameters.keys():
+                label = "-".join([name, *(f"{key}={value}" for key, value in options.items())])
+                # Built by the C++ compiler at its first use.
+                marks = [pytest.mark.slow] if "fused" in options else []
+                yield pytest.param(name, options, id=label, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "options"), paths())
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_optimizer_is_left_alone_by_an_overflow_step(name, bad):
+def test_optimizer_is_left_alone_by_an_overflow_step(name, options, bad):
     net = model()
-    optimizer = OPTIMIZERS[name](net)
+    optimizer = OPTIMIZERS[name](net, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(6):
         optimizer.zero_grad()
