@@ -12,10 +12,18 @@ import torch
 from torch import nn
 
 import danlu.optim as family
-from danlu.optim import EGStepSize, ExponentiatedGradient, Tiger, parameter_groups
+from danlu.optim import Amos, EGStepSize, ExponentiatedGradient, Tiger, parameter_groups
 
 MEMBERS = {name: getattr(family, name) for name in family.__all__}
-CLASSES = {name: c for name, c in MEMBERS.items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
+# Built on another optimizer and not on parameters; test_amos_strategy.py puts it through the same.
+WRAPPERS = {"UpdateNormalized"}
+CLASSES = {
+    name: c
+    for name, c in MEMBERS.items()
+    if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer) and name not in WRAPPERS
+}
+# The name of the option that decays the parameters.
+DECAY = {Amos: "extra_l2"}
 optimizers = pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES.keys())
 SHAPES = {
     "scalar": torch.randn(()),
@@ -32,7 +40,7 @@ SHAPES = {
 
 
 def make(cls, params, **options):
-    """An optimizer on bare parameters; Tiger's warning about guessed kinds is tested elsewhere."""
+    """An optimizer on bare parameters; warnings about guesses are tested elsewhere."""
     if cls is EGStepSize:
         # One that has its own parameters; optimizers that are wrapped have tests of their own.
         return cls("sgdm", params, **options)
@@ -43,7 +51,12 @@ def make(cls, params, **options):
         return cls(params, mode="signed", **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return cls(params, **options)
+        return cls(params, **own(cls, options))
+
+
+def own(cls, options):
+    """Options under the names that the class has for them."""
+    return {DECAY.get(cls, key) if key == "weight_decay" else key: value for key, value in options.items()}
 
 
 def tensors(optimizer):
@@ -312,12 +325,13 @@ def test_skip_raise_and_off(cls, foreach):
 def test_bad_options(cls, options, error, match):
     if cls is ExponentiatedGradient and "weight_decay" in options:
         pytest.skip("it has no weight decay")
+    match = match.replace("weight_decay", DECAY.get(cls, "weight_decay"))
     with pytest.raises(error, match=match):
         make(cls, [nn.Parameter(torch.ones(2))], **options)
     if "weigth_decay" not in options:
         optimizer = make(cls, [nn.Parameter(torch.ones(2))])
         with pytest.raises(error, match=match):
-            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **options})
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **own(cls, options)})
 
 
 @optimizers
@@ -339,8 +353,12 @@ def test_unnamed_groups_of_a_trainer(cls):
     decay = [p for p in net.parameters() if p.ndim > 1]
     rest = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    if cls is Tiger:
-        with pytest.warns(UserWarning, match="parameter_groups"):
+    if cls is Amos:
+        with pytest.raises(ValueError, match=r"weight_decay must be 0 .* got 0\.1"):
+            make(cls, groups)
+        groups[0]["weight_decay"] = 0.0
+    if cls in (Amos, Tiger):
+        with pytest.warns(UserWarning, match="parameter_groups|amos_scales"):
             optimizer = cls(groups, lr=0.01)
     else:
         optimizer = make(cls, groups, lr=0.01)

@@ -177,6 +177,8 @@ RESUME = textwrap.dedent(
         ("Tiger", {"weight_decay": 0.1}),
         ("Tiger", {"grad_accum_steps": 4}),
         ("Tiger", {"grad_accum_steps": 4, "foreach": False}),
+        ("Amos", {"momentum": 0.9}),
+        ("Amos", {"clip_value": 0.1, "reduce": "scalar"}),
     ],
 )
 def test_resume_at_every_step_in_a_fresh_process(tmp_path, name, options):

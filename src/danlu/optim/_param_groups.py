@@ -91,16 +91,16 @@ def parameter_groups(
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        kind, options = _kind(param, owners[id(param)]), dict[str, Any]()
+        kind, options = kind_of(param, owners[id(param)]), dict[str, Any]()
         for pattern, override in (overrides or {}).items():
-            if _matches(pattern, name):
+            if matches(pattern, name):
                 unmatched.discard(pattern)
                 if isinstance(override, str):
-                    check_choice(f"overrides[{_text(pattern)!r}]", override, KINDS)
+                    check_choice(f"overrides[{pattern_text(pattern)!r}]", override, KINDS)
                     kind = cast("Kind", override)
                 else:
                     options |= override
-        group: dict[str, Any] = {"kind": kind, "center": _center(param, kind)}
+        group: dict[str, Any] = {"kind": kind, "center": center_of(param, kind)}
         padding = [m.padding_idx for m, _ in owners[id(param)] if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
         if kind == "embedding" and any(index is not None for index in padding):
             group["padding_idx"] = next(index for index in padding if index is not None)
@@ -114,7 +114,7 @@ def parameter_groups(
         into["params"].append(param)
         into["param_names"].append(name)
     if unmatched:
-        listed = ", ".join(repr(_text(pattern)) for pattern in unmatched)
+        listed = ", ".join(repr(pattern_text(pattern)) for pattern in unmatched)
         raise ValueError(f"overrides match no trainable parameter: {listed}")
     if not groups:
         raise ValueError(f"model {type(model).__name__} has no trainable parameters")
@@ -126,7 +126,8 @@ def kind_by_shape(param: Tensor) -> Kind:
     return "vector" if param.ndim <= 1 else "matrix"
 
 
-def _kind(param: Tensor, owners: list[tuple[nn.Module, str]]) -> Kind:
+def kind_of(param: Tensor, owners: list[tuple[nn.Module, str]]) -> Kind:
+    """The kind of a tensor by the modules that own it, and under which attribute."""
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module, _ in owners):
         return "embedding"
     if param.ndim == 1 and any("Norm" in type(module).__name__ and name == "weight" for module, name in owners):
@@ -134,7 +135,8 @@ def _kind(param: Tensor, owners: list[tuple[nn.Module, str]]) -> Kind:
     return kind_by_shape(param)
 
 
-def _center(param: Tensor, kind: Kind) -> float:
+def center_of(param: Tensor, kind: Kind) -> float:
+    """What a tensor of this kind is pulled to when it is shrunk."""
     if kind != "norm_scale":
         return 0.0
     if param.is_meta or param.numel() == 0:
@@ -143,11 +145,13 @@ def _center(param: Tensor, kind: Kind) -> float:
     return float(low) if float(low) == float(high) else 1.0
 
 
-def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
+def matches(pattern: str | re.Pattern[str], name: str) -> bool:
+    """Whether a glob, or an expression that is searched, matches a qualified name."""
     if isinstance(pattern, re.Pattern):
         return pattern.search(name) is not None
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def _text(pattern: str | re.Pattern[str]) -> str:
+def pattern_text(pattern: str | re.Pattern[str]) -> str:
+    """A pattern for messages."""
     return pattern.pattern if isinstance(pattern, re.Pattern) else pattern

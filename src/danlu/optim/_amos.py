@@ -1,0 +1,474 @@
+r"""Amos: Adam-like steps towards a scale that the model tells, with a decay and a rate that adapt by themselves.
+
+Source: Tian & Parikh (2022), "Amos: An Adam-style Optimizer with Adaptive Weight Decay towards Model-Oriented Scale",
+arXiv 2210.11693.
+
+Shape letters: `...` any shape, the same for a parameter and its gradient; `R` the reduced shape of its statistics.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from danlu._common.checks import check_choice, check_real
+from danlu.optim._amos_scales import amos_scales, scale_by_kind
+from danlu.optim._amos_step import Numbers, blocked_amos, multi_tensor_amos, single_tensor_amos
+from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
+from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
+from danlu.optim._param_groups import KINDS, kind_by_shape, parameter_groups
+from danlu.optim._traversal import compute_dtype, pick, plan
+
+__all__ = ["Amos", "amos"]
+
+AmosNonfinite = Literal["skip", "raise", "off"]
+Reduce = Literal["auto", "scalar", "none"]
+_NONFINITE = ("skip", "raise", "off")
+_REDUCE = ("auto", "scalar", "none")
+# The smallest number whose inverse float32 still holds with room for the factors around it.
+_EPS = 2.0**-125
+
+
+class Amos(Optimizer):
+    r"""Amos: adaptive weight decay towards a model-oriented scale; no schedule but a warmup, and almost no state.
+
+    Definition:
+        With $v_0 = b_0 = 0$ of a reduced shape, and $M_2(g)$ the mean of $g^2$ over the reduced axes,
+        $$v_t = \beta v_{t-1} + (1-\beta) M_2(g_t), \qquad \hat r = \frac{1-\beta^t}{\max(v_t, \epsilon)}, \qquad
+        \gamma = \frac{\xi^2\,\hat r\,M_2(g_t)}{\sqrt{1 + c_c\sqrt\xi\,b_{t-1}}}$$
+        $$\Delta_t = -\frac{(\tfrac12\gamma + \ell_2)\,\theta_{t-1} + \xi\eta\sqrt{\hat r}\,g_t}
+        {1 + c_d\sqrt{\xi\eta}\,b_{t-1}}, \qquad b_t = b_{t-1} + \gamma\,(1 + b_{t-1})$$
+        and $\theta_t = \theta_{t-1} + \Delta_t$, or with $\rho > 0$, $\mu_0 = 0$:
+        $\mu_t = \rho\mu_{t-1} + (1-\rho)\Delta_t$, $\theta_t = \theta_{t-1} + \mu_t$.
+
+        $\theta$ = a parameter, $g$ = its gradient (its negative with `maximize=True`), clipped to $\pm$`clip_value`
+        first, $v$ = the state `exp_avg_sq`, $b$ = `decay`, $\mu$ = `exp_avg`, $t$ = `step`, $\xi$ = `lr`, $\eta$ = the
+        expected scale of the tensor's entries (`scales`), $\beta$ = `beta`, $\rho$ = `momentum`,
+        $\ell_2$ = `extra_l2`, $c_c$ = `c_coef`, $c_d$ = `d_coef`, $\epsilon$ = `eps`.
+
+    Args:
+        params: a model, whose parameters get the scales of [`amos_scales`][danlu.optim.amos_scales]; or groups that
+            carry `scale`; or parameters, named or not, or groups of them.
+        lr: $\xi \ge 0$, about $1/\sqrt N$ for $N$ independent batches in the training set. Warm it up; it needs no
+            decay. A number or a tensor with one element.
+        scales: $\eta > 0$: one number for all, or qualified name to number for named parameters. None takes the
+            group's `scale`, else the rule for the group's `kind`, else guesses from the number of axes with a warning.
+        beta: $\beta \in [0, 1)$, with $1 - \beta$ of the order of `lr`; 0.98 to 0.999.
+        momentum: $\rho \in [0, 1)$; 0 needs no tensor of the parameter's size.
+        clip_value: bound of each element of the gradient, > 0; None clips nothing.
+        extra_l2: $\ell_2 \ge 0$.
+        c_coef: $c_c \ge 0$, how fast the adaptive decay fades.
+        d_coef: $c_d \ge 0$, how fast the steps shrink.
+        eps: $\epsilon \ge 0$; no less than the smallest normal number of the arithmetic is used.
+        reduce: shape of $v$ and $b$. `"auto"`: a number per slice of axis 0 (output unit, channel, token), and one for
+            a tensor with fewer than two axes. `"scalar"`: one per tensor. `"none"`: one per element.
+        nonfinite: what happens to a tensor whose gradient holds NaN or Inf, or is so large that $M_2$ overflows.
+            `"skip"`: this tensor and its state stay as they are for this step. `"raise"`: `RuntimeError` that names
+            the parameters with NaN or Inf, and no tensor is changed; an overflow is skipped. `"off"`: not looked for.
+        foreach: None or True processes many tensors at once (CPU: cache-sized blocks; accelerators: one set of small
+            kernels for the statistics of many tensors), False one after the other with plain operations. DTensors and
+            other subclasses always take the plain operations.
+        maximize: climb instead of descend; the decay still pulls towards 0.
+
+    Returns:
+        From `step`: what the closure returned, or None. `nonfinite_events` counts the skipped gradients by parameter
+        name since construction (reading it waits for the device; it is not part of the checkpoint).
+
+    Raises:
+        TypeError: an option is not of its type.
+        ValueError: an option is out of its range, also in a group; `scales` lacks a parameter, or the parameters have
+            no names; a group has a `weight_decay` other than 0, which Amos replaces.
+        RuntimeError: from `step` on a sparse or complex gradient, or on a bad gradient with `nonfinite="raise"`.
+
+    Numerics:
+        float16 and bfloat16 parameters are computed in float32 and rounded to nearest; $v$, $b$ and $\mu$ are then
+        float32, also after loading a checkpoint. $1 - \beta^t$ is computed as $-\mathrm{expm1}(t\ln\beta)$. The result
+        does not depend on the scale of the gradients, short of overflow and underflow of their squares. A tensor whose
+        gradients have all been zero does not move. With `lr` 0 nothing moves.
+
+    Cost:
+        State per slice of axis 0: two numbers; with momentum 4 bytes per float32 parameter besides. Memory traffic per
+        float32 parameter: 12 bytes while a tensor's gradient stays in the cache for its second pass, else 16; momentum
+        adds 8. Temporaries: one block (CPU) or one bucket of tensors (accelerators).
+
+    Differences:
+        The paper's code counts one $t$ for all tensors; here a tensor that has no gradient, or a bad one, does not
+        count the step. `extra_l2` is that of the paper's formula: other implementations in PyTorch have its sign
+        wrong, add $\epsilon$ where the maximum belongs (which breaks the invariance to the scale of the gradients),
+        and know no scales by module and no statistics by row.
+
+    Source:
+        Tian & Parikh (2022), arXiv 2210.11693, and github google-research/jestimator;
+        "基于Amos优化器思想推导出来的一些“炼丹策略”" (2022-11-22).
+
+    Example:
+        >>> import torch
+        >>> from danlu.optim import Amos
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+        >>> optimizer = Amos(model, lr=0.1)
+        >>> [round(group["scale"], 3) for group in optimizer.param_groups]
+        [0.5, 0.577, 0.707]
+        >>> model(torch.ones(2, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model[0].weight]["exp_avg_sq"].shape
+        torch.Size([4, 1])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        *,
+        scales: Mapping[str, float] | float | None = None,
+        beta: float = 0.999,
+        momentum: float = 0.0,
+        clip_value: float | None = None,
+        extra_l2: float = 0.0,
+        c_coef: float = 0.25,
+        d_coef: float = 0.25,
+        eps: float = _EPS,
+        reduce: Reduce = "auto",
+        nonfinite: AmosNonfinite = "skip",
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "beta": beta,
+            "momentum": momentum,
+            "clip_value": clip_value,
+            "extra_l2": extra_l2,
+            "c_coef": c_coef,
+            "d_coef": d_coef,
+            "eps": eps,
+            "reduce": reduce,
+            "nonfinite": nonfinite,
+            "foreach": foreach,
+            "maximize": maximize,
+            # None: by the kind, or else by the shape. Part of the checkpoint, as any option.
+            "scale": None,
+            "kind": None,
+        }
+        _check_group(defaults)
+        self._nonfinite_counts: dict[Tensor, Tensor] = {}
+        if isinstance(params, nn.Module):
+            found = amos_scales(params)
+            if scales is None:
+                scales = found
+            params = parameter_groups(params)
+        super().__init__(params if scales is None else _scaled_groups(params, scales), defaults)
+        if any(group["scale"] is None and group["kind"] is None for group in self.param_groups):
+            warnings.warn(
+                "Amos got parameters without their expected scales and guesses them from the number of axes, so "
+                "embeddings and norm gains are treated as any matrix and vector; pass the model, or named parameters "
+                "with scales=danlu.optim.amos_scales(model)",
+                stacklevel=2,
+            )
+
+    @property
+    def nonfinite_events(self) -> dict[str, int]:
+        """How many gradients were skipped so far, by parameter name; empty when there were none."""
+        return event_counts(self.param_groups, self._nonfinite_counts)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
+        if isinstance(param_group, dict):
+            _check_group(self.defaults | param_group)
+            param_group = dict(param_group)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_nonfinite_counts": self._nonfinite_counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes that were saved."""
+        super().load_state_dict(state_dict)
+        own_state(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
+        """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_gradients("Amos", self.param_groups)
+        named: dict[str, Tensor] = {}
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.is_complex():
+                    raise RuntimeError(f"Amos does not support complex parameters, got shape {tuple(param.shape)}")
+                if param.grad is not None and group["nonfinite"] == "raise":
+                    named[parameter_name(self.param_groups, g, i)] = param.grad
+        raise_if_nonfinite(named)
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            states = [self._state(param, group) for param in params]
+            amos(
+                params,
+                [param.grad for param in params],
+                [state["exp_avg_sq"] for state in states],
+                [state["decay"] for state in states],
+                [state["step"] for state in states],
+                [state["exp_avg"] for state in states] if group["momentum"] > 0 else None,
+                scales=[_scale(param, group) for param in params],
+                lr=group["lr"],
+                beta=group["beta"],
+                momentum=group["momentum"],
+                clip_value=group["clip_value"],
+                extra_l2=group["extra_l2"],
+                c_coef=group["c_coef"],
+                d_coef=group["d_coef"],
+                eps=group["eps"],
+                nonfinite="off" if group["nonfinite"] == "off" else "skip",
+                nonfinite_counts=[self._nonfinite_counts[param] for param in params],
+                foreach=group["foreach"],
+                maximize=group["maximize"],
+            )
+        return loss
+
+    def _state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        dtype = compute_dtype(param.dtype)
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=param.device)
+            state["exp_avg_sq"] = _reduced_zeros(param, group["reduce"], dtype)
+            state["decay"] = torch.zeros_like(state["exp_avg_sq"])
+        if group["momentum"] > 0 and "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if param not in self._nonfinite_counts:
+            self._nonfinite_counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+        return state
+
+
+def amos(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    decays: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor] | None = None,
+    *,
+    scales: Sequence[float],
+    lr: float | Tensor,
+    beta: float = 0.999,
+    momentum: float = 0.0,
+    clip_value: float | None = None,
+    extra_l2: float = 0.0,
+    c_coef: float = 0.25,
+    d_coef: float = 0.25,
+    eps: float = _EPS,
+    nonfinite: AmosNonfinite = "skip",
+    nonfinite_counts: Sequence[Tensor] | None = None,
+    foreach: bool | None = None,
+    maximize: bool = False,
+) -> None:
+    r"""One step of [`Amos`][danlu.optim.Amos] on lists of tensors, in place.
+
+    Definition:
+        As in the class; $M_2$ averages over the axes in which $v$ is shorter than the gradient, and over all if $v$
+        has no axes.
+
+    Args:
+        params: $\theta$, each of its own shape `(...)`, floating-point; changed in place.
+        grads: $g$, shapes of `params`; only read.
+        exp_avg_sqs: $v$, each of a shape `R` that broadcasts to its parameter's; changed in place.
+        decays: $b$, shapes of `exp_avg_sqs`; changed in place.
+        steps: $t - 1$, 0-d float32 tensors on the devices of `params`; changed in place.
+        exp_avgs: $\mu$, shapes of `params`; changed in place. Needed if and only if `momentum` > 0.
+        scales: $\eta$ of each tensor.
+        lr: $\xi$.
+        beta: $\beta$.
+        momentum: $\rho$.
+        clip_value: as in the class.
+        extra_l2: $\ell_2$.
+        c_coef: $c_c$.
+        d_coef: $c_d$.
+        eps: $\epsilon$.
+        nonfinite: as in the class.
+        nonfinite_counts: one 0-d integer tensor per parameter, on its device, to which 1 is added when it is skipped;
+            None counts nothing.
+        foreach: as in the class.
+        maximize: as in the class.
+
+    Returns:
+        None; the lists hold the result.
+
+    Raises:
+        ValueError: the lists differ in length, an option is out of its range, a state's shape does not broadcast to
+            its parameter's, or `exp_avgs` and `momentum` do not belong together.
+        RuntimeError: a gradient is not finite and `nonfinite="raise"`; nothing was changed.
+
+    Numerics:
+        As in the class.
+
+    Source:
+        As in the class.
+
+    Example:
+        >>> import torch
+        >>> from danlu.optim import amos
+        >>> w, v, b, t = torch.tensor([2.0, -2.0]), torch.zeros(()), torch.zeros(()), torch.zeros(())
+        >>> amos([w], [torch.tensor([1.0, 1.0])], [v], [b], [t], scales=[1.0], lr=0.5)
+        >>> w
+        tensor([ 1.2500, -2.2500])
+    """
+    check_lr(lr)
+    _check_numbers(
+        {
+            "beta": beta,
+            "momentum": momentum,
+            "clip_value": clip_value,
+            "extra_l2": extra_l2,
+            "c_coef": c_coef,
+            "d_coef": d_coef,
+            "eps": eps,
+        }
+    )
+    check_choice("nonfinite", nonfinite, _NONFINITE)
+    lists: dict[str, Sequence[object]] = {
+        "params": params,
+        "grads": grads,
+        "exp_avg_sqs": exp_avg_sqs,
+        "decays": decays,
+        "steps": steps,
+        "scales": scales,
+    }
+    if (exp_avgs is None) != (momentum == 0):
+        raise ValueError(f"exp_avgs must be given if and only if momentum > 0, got momentum={momentum}")
+    if exp_avgs is not None:
+        lists["exp_avgs"] = exp_avgs
+    if nonfinite_counts is not None:
+        lists["nonfinite_counts"] = nonfinite_counts
+    lengths = {name: len(items) for name, items in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the lists must have one length, got {lengths}")
+    for i, (param, square, decay) in enumerate(zip(params, exp_avg_sqs, decays, strict=True)):
+        check_real(f"scales[{i}]", scales[i], low=0.0, low_open=True)
+        fits = square.ndim in (0, param.ndim) and all(
+            s in (1, p) for s, p in zip(square.shape, param.shape if square.ndim else (), strict=True)
+        )
+        if not fits or decay.shape != square.shape:
+            raise ValueError(
+                f"exp_avg_sqs[{i}] and decays[{i}] must have one shape that is () or broadcasts to params[{i}] of "
+                f"shape {tuple(param.shape)}, got {tuple(square.shape)} and {tuple(decay.shape)}"
+            )
+    if nonfinite == "raise":
+        raise_if_nonfinite({f"params[{i}]": grad for i, grad in enumerate(grads)})
+    numbers = Numbers(
+        lr=as_float(lr),
+        beta=beta,
+        momentum=momentum,
+        clip_value=clip_value,
+        extra_l2=extra_l2,
+        c_coef=c_coef,
+        d_coef=d_coef,
+        eps=eps,
+        sign=-1.0 if maximize else 1.0,
+        guard=nonfinite != "off",
+    )
+    with torch.no_grad():
+        for path, indices in plan(params, grads, foreach):
+            update = {"loop": single_tensor_amos, "blocks": blocked_amos, "bucket": multi_tensor_amos}[path]
+            update(
+                pick(indices, params),
+                pick(indices, grads),
+                pick(indices, exp_avg_sqs),
+                pick(indices, decays),
+                pick(indices, steps),
+                None if exp_avgs is None else pick(indices, exp_avgs),
+                None if nonfinite_counts is None else pick(indices, nonfinite_counts),
+                pick(indices, scales),
+                numbers,
+            )
+
+
+def own_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """After loading: copies of the tensors, in the dtypes that were saved.
+
+    torch casts floating-point state to the dtype of its parameter, which loses digits.
+    """
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for number, param in zip(numbers, params, strict=True):
+        saved = state_dict["state"].get(number, {})
+        for name, value in optimizer.state.get(param, {}).items():
+            if isinstance(value, Tensor):
+                source = saved[name] if name in saved and saved[name].dtype != value.dtype else value
+                optimizer.state[param][name] = source.detach().to(value.device).clone()
+
+
+def _reduced_zeros(param: Tensor, reduce: Reduce, dtype: torch.dtype) -> Tensor:
+    """Zeros of the reduced shape: a scalar is an ordinary tensor, slices of a DTensor are placed as it is."""
+    if reduce == "scalar" or (reduce == "auto" and param.ndim < 2):
+        return torch.zeros((), dtype=dtype, device=param.device)
+    if reduce == "none":
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if param.numel() == 0:
+        return param.new_zeros((param.shape[0], *[1] * (param.ndim - 1)), dtype=dtype)
+    slices = param.detach()
+    for axis in range(1, param.ndim):
+        slices = slices.narrow(axis, 0, 1)
+    return torch.zeros_like(slices, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _scale(param: Tensor, group: Mapping[str, Any]) -> float:
+    if group["scale"] is not None:
+        return float(group["scale"])
+    return scale_by_kind(param, group["kind"] or kind_by_shape(param), group.get("center", 1.0))
+
+
+def _scaled_groups(params: ParamsT, scales: Mapping[str, float] | float) -> list[dict[str, Any]]:
+    """The groups, divided so that each holds tensors of one scale."""
+    if not isinstance(scales, Mapping):
+        check_real("scales", scales, low=0.0, low_open=True)
+    entries: list[Any] = list(params)
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    divided: list[dict[str, Any]] = []
+    for group in groups:
+        if group.get("scale") is not None:
+            divided.append(group)
+            continue
+        if not isinstance(scales, Mapping):
+            divided.append({**group, "scale": float(scales)})
+            continue
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        names = group.get("param_names") or [m[0] if isinstance(m, tuple) else None for m in members]
+        parts: dict[float, dict[str, Any]] = {}
+        for name, member in zip(names, members, strict=True):
+            if name is None:
+                raise ValueError("scales by name need named parameters, such as model.named_parameters()")
+            if name not in scales:
+                raise ValueError(f"scales must hold every parameter, got none for {name!r}")
+            scale = check_real(f"scales[{name!r}]", scales[name], low=0.0, low_open=True)
+            part = parts.setdefault(scale, {**group, "scale": scale, "params": []})
+            part["params"].append(member)
+            if "param_names" in group:
+                part["param_names"] = [*(part["param_names"] if len(part["params"]) > 1 else []), name]
+        divided += parts.values()
+    return divided
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
+    check_beta("beta", options["beta"])
+    check_beta("momentum", options["momentum"])
+    if options["clip_value"] is not None:
+        check_real("clip_value", options["clip_value"], low=0.0, low_open=True)
+    for name in ("extra_l2", "c_coef", "d_coef", "eps"):
+        check_real(name, options[name], low=0.0)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    decay = group.get("weight_decay", 0.0)
+    check_shared_options(group | {"weight_decay": decay}, _NONFINITE)
+    if decay != 0:
+        raise ValueError(f"weight_decay must be 0 in a group of Amos, whose decay adapts (see extra_l2), got {decay!r}")
+    _check_numbers(group)
+    check_choice("reduce", group["reduce"], _REDUCE)
+    if group["scale"] is not None:
+        check_real("scale", group["scale"], low=0.0, low_open=True)
+    if group["kind"] is not None:
+        check_choice("kind", group["kind"], KINDS)
