@@ -10,10 +10,14 @@ from danlu.kernels import _cpp
 
 __all__ = ["Kernel", "explain", "status"]
 
-Kernel = Literal["sign_update", "step_size"]
+Kernel = Literal["amos", "sign_update", "step_size"]
 
 # Which backends every kernel has.
-_BACKENDS: Mapping[str, tuple[str, ...]] = {"sign_update": ("cpp", "triton"), "step_size": ("cpp",)}
+_BACKENDS: Mapping[str, tuple[str, ...]] = {
+    "amos": ("cpp",),
+    "sign_update": ("cpp", "triton"),
+    "step_size": ("cpp",),
+}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

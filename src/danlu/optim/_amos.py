@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_real
+from danlu.kernels.amos import amos_cpu, dtypes_supported
+from danlu.kernels.sign_update import LowPrecision
 from danlu.optim._amos_scales import amos_scales, scale_by_kind
 from danlu.optim._amos_step import Numbers, blocked_amos, multi_tensor_amos, single_tensor_amos
 from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
 from danlu.optim._param_groups import KINDS, kind_by_shape, parameter_groups
-from danlu.optim._traversal import compute_dtype, pick, plan
+from danlu.optim._rounding import Rounding, RoundingMode, resolve_rounding
+from danlu.optim._state import add_compensation, group_rounding
+from danlu.optim._traversal import compute_dtype, kernel_test, pick, plan
 
 __all__ = ["Amos", "amos"]
 
@@ -30,6 +34,7 @@ _NONFINITE = ("skip", "raise", "off")
 _REDUCE = ("auto", "scalar", "none")
 # The smallest number whose inverse float32 still holds with room for the factors around it.
 _EPS = 2.0**-125
+_DEFAULT_ROUNDING = Rounding()
 
 
 class Amos(Optimizer):
@@ -68,9 +73,14 @@ class Amos(Optimizer):
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf, or is so large that $M_2$ overflows.
             `"skip"`: this tensor and its state stay as they are for this step. `"raise"`: `RuntimeError` that names
             the parameters with NaN or Inf, and no tensor is changed; an overflow is skipped. `"off"`: not looked for.
-        foreach: None or True processes many tensors at once (CPU: cache-sized blocks; accelerators: one set of small
-            kernels for the statistics of many tensors), False one after the other with plain operations. DTensors and
-            other subclasses always take the plain operations.
+        rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
+            None: stochastically for bfloat16, to nearest for float16.
+        seed: of stochastic rounding.
+        foreach: True processes many tensors at once (CPU: cache-sized blocks; accelerators: one set of small kernels
+            for the statistics of many tensors), False one after the other with plain operations. DTensors and other
+            subclasses always take the plain operations.
+        fused: True takes one compiled call for all tensors (CPU: C++, compiled on first use by the machine's compiler)
+            and raises where it cannot run; None takes it on the CPU where it can, unless `foreach` is given.
         maximize: climb instead of descend; the decay still pulls towards 0.
 
     Returns:
@@ -81,18 +91,20 @@ class Amos(Optimizer):
         TypeError: an option is not of its type.
         ValueError: an option is out of its range, also in a group; `scales` lacks a parameter, or the parameters have
             no names; a group has a `weight_decay` other than 0, which Amos replaces.
-        RuntimeError: from `step` on a sparse or complex gradient, or on a bad gradient with `nonfinite="raise"`.
+        RuntimeError: from `step` on a sparse or complex gradient, on a bad gradient with `nonfinite="raise"`, or where
+            `fused=True` cannot run.
 
     Numerics:
-        float16 and bfloat16 parameters are computed in float32 and rounded to nearest; $v$, $b$ and $\mu$ are then
-        float32, also after loading a checkpoint. $1 - \beta^t$ is computed as $-\mathrm{expm1}(t\ln\beta)$. The result
-        does not depend on the scale of the gradients, short of overflow and underflow of their squares. A tensor whose
-        gradients have all been zero does not move. With `lr` 0 nothing moves.
+        float16 and bfloat16 parameters are computed in float32 and rounded as `rounding` says; $v$, $b$ and $\mu$
+        are then float32, also after loading a checkpoint. $1 - \beta^t$ is computed as $-\mathrm{expm1}(t\ln\beta)$.
+        The result does not depend on the scale of the gradients, short of overflow and underflow of their squares. A
+        tensor whose gradients have all been zero does not move. With `lr` 0 nothing moves. The paths agree to the
+        rounding of their arithmetic, not bit for bit.
 
     Cost:
         State per slice of axis 0: two numbers; with momentum 4 bytes per float32 parameter besides. Memory traffic per
         float32 parameter: 12 bytes while a tensor's gradient stays in the cache for its second pass, else 16; momentum
-        adds 8. Temporaries: one block (CPU) or one bucket of tensors (accelerators).
+        adds 8. Temporaries: none (fused), one block (CPU) or one bucket of tensors (accelerators).
 
     Differences:
         The paper's code counts one $t$ for all tensors; here a tensor that has no gradient, or a bad one, does not
@@ -132,7 +144,10 @@ class Amos(Optimizer):
         eps: float = _EPS,
         reduce: Reduce = "auto",
         nonfinite: AmosNonfinite = "skip",
+        rounding: RoundingMode | None = None,
+        seed: int = 0,
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -146,8 +161,13 @@ class Amos(Optimizer):
             "eps": eps,
             "reduce": reduce,
             "nonfinite": nonfinite,
+            "rounding": rounding,
+            "seed": seed,
             "foreach": foreach,
+            "fused": fused,
             "maximize": maximize,
+            # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
+            "step": 0,
             # None: by the kind, or else by the shape. Part of the checkpoint, as any option.
             "scale": None,
             "kind": None,
@@ -204,8 +224,10 @@ class Amos(Optimizer):
                 if param.grad is not None and group["nonfinite"] == "raise":
                     named[parameter_name(self.param_groups, g, i)] = param.grad
         raise_if_nonfinite(named)
+        first = 0
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
+            chosen = [i for i, param in enumerate(group["params"]) if param.grad is not None]
+            params = pick(chosen, group["params"])
             states = [self._state(param, group) for param in params]
             amos(
                 params,
@@ -225,9 +247,13 @@ class Amos(Optimizer):
                 eps=group["eps"],
                 nonfinite="off" if group["nonfinite"] == "off" else "skip",
                 nonfinite_counts=[self._nonfinite_counts[param] for param in params],
+                rounding=group_rounding(group, group["step"], [first + i for i in chosen], states),
                 foreach=group["foreach"],
+                fused=group["fused"],
                 maximize=group["maximize"],
             )
+            first += len(group["params"])
+            group["step"] += 1
         return loss
 
     def _state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -239,6 +265,7 @@ class Amos(Optimizer):
             state["decay"] = torch.zeros_like(state["exp_avg_sq"])
         if group["momentum"] > 0 and "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        add_compensation(state, param, group)
         if param not in self._nonfinite_counts:
             self._nonfinite_counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
         return state
@@ -263,7 +290,9 @@ def amos(
     eps: float = _EPS,
     nonfinite: AmosNonfinite = "skip",
     nonfinite_counts: Sequence[Tensor] | None = None,
+    rounding: Rounding = _DEFAULT_ROUNDING,
     foreach: bool | None = None,
+    fused: bool | None = None,
     maximize: bool = False,
 ) -> None:
     r"""One step of [`Amos`][danlu.optim.Amos] on lists of tensors, in place.
@@ -291,7 +320,9 @@ def amos(
         nonfinite: as in the class.
         nonfinite_counts: one 0-d integer tensor per parameter, on its device, to which 1 is added when it is skipped;
             None counts nothing.
+        rounding: how results are rounded into float16 and bfloat16 parameters.
         foreach: as in the class.
+        fused: as in the class.
         maximize: as in the class.
 
     Returns:
@@ -370,20 +401,89 @@ def amos(
         sign=-1.0 if maximize else 1.0,
         guard=nonfinite != "off",
     )
+    kernel = _kernel_test(params, grads, exp_avg_sqs, decays, exp_avgs, fused=fused, foreach=foreach)
     with torch.no_grad():
-        for path, indices in plan(params, grads, foreach):
-            update = {"loop": single_tensor_amos, "blocks": blocked_amos, "bucket": multi_tensor_amos}[path]
-            update(
+        for path, indices in plan(params, grads, foreach, kernel):
+            chosen = (
                 pick(indices, params),
                 pick(indices, grads),
                 pick(indices, exp_avg_sqs),
                 pick(indices, decays),
                 pick(indices, steps),
                 None if exp_avgs is None else pick(indices, exp_avgs),
-                None if nonfinite_counts is None else pick(indices, nonfinite_counts),
-                pick(indices, scales),
-                numbers,
             )
+            counts = None if nonfinite_counts is None else pick(indices, nonfinite_counts)
+            few, etas = rounding.pick(indices), pick(indices, scales)
+            if path == "fused":
+                for i in _fused_amos(chosen, etas, numbers, few):
+                    if counts is not None:
+                        counts[i].add_(1)
+                continue
+            update = {"loop": single_tensor_amos, "blocks": blocked_amos, "bucket": multi_tensor_amos}[path]
+            writers = [few.of(i, param.dtype) for i, param in enumerate(chosen[0])]
+            update(*chosen, counts, writers, etas, numbers)
+
+
+def _kernel_test(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    decays: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor] | None,
+    *,
+    fused: bool | None,
+    foreach: bool | None,
+) -> Callable[[int], bool] | None:
+    """What tells by its index whether the compiled step takes a tensor; None if it is not wanted."""
+    if fused is None and any(param.device.type != "cpu" for param in params):
+        fused = False
+    # Without momentum there is no state of the parameter's strides to look at.
+    takes = kernel_test(
+        "amos",
+        params,
+        grads,
+        params if exp_avgs is None else exp_avgs,
+        fused=fused,
+        foreach=foreach,
+        supported=lambda param, state: exp_avgs is None or dtypes_supported(param, state),
+    )
+    if takes is None:
+        return None
+
+    def takes_state(i: int) -> bool:
+        param, v, b = params[i], exp_avg_sqs[i], decays[i]
+        fits = all(s.is_contiguous() and dtypes_supported(param.dtype, s.dtype) for s in (v, b))
+        if fits and v.numel() > 1:
+            # One number per slice of axis 0, each slice in one piece of memory, one after the other.
+            outermost = param.stride(0) * param.shape[0] == param.numel()
+            fits = outermost and v.numel() == v.shape[0] == param.shape[0]
+        if not fits and fused:
+            raise RuntimeError(
+                f"fused=True, but the kernel cannot run on a tensor of shape {tuple(param.shape)} and strides "
+                f"{param.stride()} with statistics of shape {tuple(v.shape)}"
+            )
+        return fits
+
+    return lambda i: takes(i) and takes_state(i)
+
+
+def _fused_amos(
+    lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None],
+    scales: list[float],
+    numbers: Numbers,
+    rounding: Rounding,
+) -> list[int]:
+    """The compiled step; returns the indices of the tensors that were skipped."""
+    params = lists[0]
+    mode, everything = resolve_rounding(rounding.mode, params[0].dtype), range(len(params))
+    return amos_cpu(
+        *lists,
+        scales=scales,
+        **vars(numbers),
+        low=LowPrecision(mode, rounding.seed, int(rounding.step)),
+        compensations=[rounding.compensation(i) for i in everything] if mode == "kahan" else (),
+        numbers=[rounding.number(i) for i in everything] if mode == "stochastic" else (),
+    )
 
 
 def own_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:

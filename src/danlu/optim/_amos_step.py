@@ -1,13 +1,14 @@
 """One step of Amos on lists of tensors: with plain operations, in cache-sized blocks, and in buckets."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from danlu.optim._traversal import BLOCK, blocks, compute_dtype, scratch, write_back
+from danlu.optim._rounding import Writer, read, write
+from danlu.optim._traversal import BLOCK, compute_dtype, rounded_blocks, scratch
 
 __all__ = ["Numbers", "blocked_amos", "multi_tensor_amos", "single_tensor_amos"]
 
@@ -71,33 +72,36 @@ def single_tensor_amos(
     steps: Sequence[Tensor],
     exp_avgs: Sequence[Tensor] | None,
     counts: Sequence[Tensor] | None,
+    writers: Sequence[Writer | None],
     scales: Sequence[float],
     numbers: Numbers,
 ) -> None:
     """The definition with plain operations, without reading a value back: the oracle of the other two paths."""
     for i, param in enumerate(params):
         dtype = compute_dtype(param.dtype)
-        theta, raw = param.to(dtype), grads[i].to(dtype)
+        theta, raw = read(param, writers[i]), grads[i].to(dtype)
         grad = raw if numbers.clip_value is None else raw.clamp(-numbers.clip_value, numbers.clip_value)
         square = _mean_square(grad, exp_avg_sqs[i])
-        moved = [param, exp_avg_sqs[i], decays[i], steps[i]]
-        exp_avg_sq, decay, pull, push = numbers.advance(square, exp_avg_sqs[i], decays[i], steps[i] + 1, scales[i])
+        step = steps[i] + 1
+        exp_avg_sq, decay, pull, push = numbers.advance(square, exp_avg_sqs[i], decays[i], step, scales[i])
         change = -(pull * theta + push * grad)
-        results = [theta + change, exp_avg_sq, decay, steps[i] + 1]
+        state, new = [exp_avg_sqs[i], decays[i], steps[i]], [exp_avg_sq, decay, step]
         if exp_avgs is not None:
             change = torch.lerp(exp_avgs[i], change, 1 - numbers.momentum)
-            moved.append(exp_avgs[i])
-            results[0] = theta + change
-            results.append(change)
+            state.append(exp_avgs[i])
+            new.append(change)
+        moved = theta + change
         if numbers.guard:
             finite = _whole(torch.isfinite(square).all())
             if numbers.clip_value is not None:
                 # Clipping hides an infinity.
                 finite = finite & _whole(torch.isfinite(raw).all())
-            results = [torch.where(finite, new, old) for new, old in zip(results, moved, strict=True)]
+            moved = torch.where(finite, moved, theta)
+            new = [torch.where(finite, after, before) for after, before in zip(new, state, strict=True)]
             if counts is not None:
                 counts[i].add_(~finite)
-        for target, value in zip(moved, results, strict=True):
+        write(param, moved, writers[i])
+        for target, value in zip(state, new, strict=True):
             target.copy_(value)
 
 
@@ -124,13 +128,16 @@ def blocked_amos(
     steps: Sequence[Tensor],
     exp_avgs: Sequence[Tensor] | None,
     counts: Sequence[Tensor] | None,
+    writers: Sequence[Writer | None],
     scales: Sequence[float],
     numbers: Numbers,
 ) -> None:
     """On the CPU: one pass for the statistics, then passes over blocks, all but the first of which find the cache."""
     memory: dict[torch.dtype, Tensor] = {}
     for i, param in enumerate(params):
-        own = [param, grads[i]] if exp_avgs is None else [param, grads[i], exp_avgs[i]]
+        writer = writers[i]
+        compensation = None if writer is None else writer.compensation
+        own = [t for t in (param, grads[i], exp_avgs and exp_avgs[i], compensation) if isinstance(t, Tensor)]
         state = exp_avg_sqs[i]
         per_row = state.ndim > 1 and state.numel() == state.shape[0] == param.shape[0]
         views = _rows(*own) if per_row else own
@@ -144,6 +151,7 @@ def blocked_amos(
                 steps[one],
                 None if exp_avgs is None else exp_avgs[one],
                 None if counts is None else counts[one],
+                writers[one],
                 scales[one],
                 numbers,
             )
@@ -170,12 +178,14 @@ def blocked_amos(
         )
         state.copy_(exp_avg_sq.view(state.shape))
         decays[i].copy_(decay.view(state.shape))
-        for block, factors in _blocks(views, pull, push, grad):
-            theta, gradient = block[0].to(dtype), block[-1].to(dtype)
-            change = torch.mul(gradient, -factors[1], out=scratch(memory, theta)).addcmul_(theta, -factors[0])
-            if exp_avgs is not None:
+        mu = None if exp_avgs is None else views[2]
+        tensors = (views[0], grad) if mu is None else (views[0], grad, mu)
+        for block, part, pulling, pushing in _blocks(tensors, views[-1], writer, pull, push):
+            theta, gradient = read(block[0], part), block[1].to(dtype)
+            change = torch.mul(gradient, -pushing, out=scratch(memory, theta)).addcmul_(theta, -pulling)
+            if mu is not None:
                 change = block[2].lerp_(change, 1 - numbers.momentum)
-            write_back(block[0], theta.add_(change))
+            write(block[0], theta.add_(change), part)
 
 
 def _all_finite(square: Tensor, raw: Tensor, *, clipped: bool) -> bool:
@@ -183,14 +193,21 @@ def _all_finite(square: Tensor, raw: Tensor, *, clipped: bool) -> bool:
 
 
 def _blocks(
-    views: Sequence[Tensor], pull: Tensor, push: Tensor, grad: Tensor
-) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]]:
-    """Blocks of all views and of the gradient in use (last), with the factors of their rows."""
+    tensors: tuple[Tensor, ...], compensation: Tensor, writer: Writer | None, pull: Tensor, push: Tensor
+) -> Iterator[tuple[tuple[Tensor, ...], Writer | None, Tensor, Tensor]]:
+    """Blocks with the writer of their part of the parameter and the factors of their rows."""
     if pull.ndim == 0:
-        return [(block, (pull, push)) for block in blocks(*views, grad)]
-    size = max(1, BLOCK * torch.get_num_threads() // max(1, grad.shape[1]))
-    split = zip(*(tensor.split(size) for tensor in (*views, grad)), strict=True)
-    return list(zip(split, zip(pull.split(size), push.split(size), strict=True), strict=True))
+        for block, part in rounded_blocks(tensors, writer):
+            yield block, part, pull, push
+        return
+    size = max(1, BLOCK * torch.get_num_threads() // max(1, tensors[0].shape[1]))
+    for start in range(0, len(pull), size):
+        rows = slice(start, start + size)
+        part = writer
+        if writer is not None:
+            lacking = None if writer.compensation is None else compensation[rows]
+            part = writer.view(lacking, start * tensors[0].shape[1])
+        yield tuple(tensor[rows] for tensor in tensors), part, pull[rows], push[rows]
 
 
 def multi_tensor_amos(
@@ -201,12 +218,14 @@ def multi_tensor_amos(
     steps: Sequence[Tensor],
     exp_avgs: Sequence[Tensor] | None,
     counts: Sequence[Tensor] | None,
+    writers: Sequence[Writer | None],
     scales: Sequence[float],
     numbers: Numbers,
 ) -> None:
     """On accelerators: the statistics of all tensors of a bucket in one vector; what is finite stays on the device."""
     dtype = compute_dtype(params[0].dtype)
-    thetas, raw = ([tensor.to(dtype) for tensor in tensors] for tensors in (params, grads))
+    thetas = [read(param, writer) for param, writer in zip(params, writers, strict=True)]
+    raw = [grad.to(dtype) for grad in grads]
     gradients = raw
     if numbers.clip_value is not None:
         gradients = list(torch._foreach_clamp_max(raw, numbers.clip_value))
@@ -255,4 +274,8 @@ def multi_tensor_amos(
         changes = [torch.where(f, change, torch.zeros_like(change)) for f, change in zip(flags, changes, strict=True)]
     elif exp_avgs is not None:
         torch._foreach_copy_(list(exp_avgs), changes)
-    torch._foreach_copy_(list(params), list(torch._foreach_add(thetas, changes)))
+    if any(writers):
+        for param, theta, change, writer in zip(params, thetas, changes, writers, strict=True):
+            write(param, theta + change, writer)
+    else:
+        torch._foreach_add_(list(params), changes)

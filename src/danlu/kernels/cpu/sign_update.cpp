@@ -6,38 +6,6 @@ using namespace danlu;
 
 namespace {
 
-constexpr int64_t PIECE = 1 << 16;
-
-// The checks of a tensor, then its step: by tensor on one thread, so that the second pass finds it in the cache;
-// in two rounds over all pieces on several.
-template <class Check, class Combine, class Step>
-void two_rounds(int64_t n, const int64_t* numel, const int64_t* row, int threads, bool checked, const Check& check,
-                const Combine& combine, const Step& step) {
-  if (threads <= 1) {
-    for (int64_t t = 0; t < n; ++t) {
-      Piece whole{t, 0, numel[t]};
-      if (checked) {
-        check(whole, 0);
-        combine(t, 0, 1);
-      }
-      step(whole);
-    }
-    return;
-  }
-  auto all = pieces(n, numel, row, PIECE);
-  int64_t count = static_cast<int64_t>(all.size());
-  if (checked) {
-    spread(count, threads, [&](int64_t i) { check(all[i], i); });
-    for (int64_t begin = 0, t = 0; t < n; ++t) {
-      int64_t end = begin;
-      while (end < count && all[end].tensor == t) ++end;
-      combine(t, begin, end);
-      begin = end;
-    }
-  }
-  spread(count, threads, [&](int64_t i) { step(all[i]); });
-}
-
 struct Columns {
   int64_t n;
   const int64_t *p, *g, *m, *compensation, *numel, *row, *number;
