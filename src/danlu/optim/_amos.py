@@ -15,16 +15,21 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_real
-from danlu.kernels.amos import amos_cpu, dtypes_supported
-from danlu.kernels.sign_update import LowPrecision
-from danlu.optim._amos_scales import amos_scales, scale_by_kind
-from danlu.optim._amos_step import Numbers, blocked_amos, multi_tensor_amos, single_tensor_amos
+from danlu.optim._amos_scales import amos_scales, scale_by_kind, scaled_groups
+from danlu.optim._amos_step import (
+    Numbers,
+    amos_kernel_test,
+    blocked_amos,
+    fused_amos,
+    multi_tensor_amos,
+    single_tensor_amos,
+)
 from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
 from danlu.optim._param_groups import KINDS, kind_by_shape, parameter_groups
-from danlu.optim._rounding import Rounding, RoundingMode, resolve_rounding
+from danlu.optim._rounding import Rounding, RoundingMode
 from danlu.optim._state import add_compensation, group_rounding
-from danlu.optim._traversal import compute_dtype, kernel_test, pick, plan
+from danlu.optim._traversal import compute_dtype, pick, plan
 
 __all__ = ["Amos", "amos"]
 
@@ -179,7 +184,7 @@ class Amos(Optimizer):
             if scales is None:
                 scales = found
             params = parameter_groups(params)
-        super().__init__(params if scales is None else _scaled_groups(params, scales), defaults)
+        super().__init__(params if scales is None else scaled_groups(params, scales), defaults)
         if any(group["scale"] is None and group["kind"] is None for group in self.param_groups):
             warnings.warn(
                 "Amos got parameters without their expected scales and guesses them from the number of axes, so "
@@ -401,7 +406,7 @@ def amos(
         sign=-1.0 if maximize else 1.0,
         guard=nonfinite != "off",
     )
-    kernel = _kernel_test(params, grads, exp_avg_sqs, decays, exp_avgs, fused=fused, foreach=foreach)
+    kernel = amos_kernel_test(params, grads, exp_avg_sqs, decays, exp_avgs, fused=fused, foreach=foreach)
     with torch.no_grad():
         for path, indices in plan(params, grads, foreach, kernel):
             chosen = (
@@ -415,75 +420,13 @@ def amos(
             counts = None if nonfinite_counts is None else pick(indices, nonfinite_counts)
             few, etas = rounding.pick(indices), pick(indices, scales)
             if path == "fused":
-                for i in _fused_amos(chosen, etas, numbers, few):
+                for i in fused_amos(chosen, etas, numbers, few):
                     if counts is not None:
                         counts[i].add_(1)
                 continue
             update = {"loop": single_tensor_amos, "blocks": blocked_amos, "bucket": multi_tensor_amos}[path]
             writers = [few.of(i, param.dtype) for i, param in enumerate(chosen[0])]
             update(*chosen, counts, writers, etas, numbers)
-
-
-def _kernel_test(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    decays: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor] | None,
-    *,
-    fused: bool | None,
-    foreach: bool | None,
-) -> Callable[[int], bool] | None:
-    """What tells by its index whether the compiled step takes a tensor; None if it is not wanted."""
-    if fused is None and any(param.device.type != "cpu" for param in params):
-        fused = False
-    # Without momentum there is no state of the parameter's strides to look at.
-    takes = kernel_test(
-        "amos",
-        params,
-        grads,
-        params if exp_avgs is None else exp_avgs,
-        fused=fused,
-        foreach=foreach,
-        supported=lambda param, state: exp_avgs is None or dtypes_supported(param, state),
-    )
-    if takes is None:
-        return None
-
-    def takes_state(i: int) -> bool:
-        param, v, b = params[i], exp_avg_sqs[i], decays[i]
-        fits = all(s.is_contiguous() and dtypes_supported(param.dtype, s.dtype) for s in (v, b))
-        if fits and v.numel() > 1:
-            # One number per slice of axis 0, each slice in one piece of memory, one after the other.
-            outermost = param.stride(0) * param.shape[0] == param.numel()
-            fits = outermost and v.numel() == v.shape[0] == param.shape[0]
-        if not fits and fused:
-            raise RuntimeError(
-                f"fused=True, but the kernel cannot run on a tensor of shape {tuple(param.shape)} and strides "
-                f"{param.stride()} with statistics of shape {tuple(v.shape)}"
-            )
-        return fits
-
-    return lambda i: takes(i) and takes_state(i)
-
-
-def _fused_amos(
-    lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None],
-    scales: list[float],
-    numbers: Numbers,
-    rounding: Rounding,
-) -> list[int]:
-    """The compiled step; returns the indices of the tensors that were skipped."""
-    params = lists[0]
-    mode, everything = resolve_rounding(rounding.mode, params[0].dtype), range(len(params))
-    return amos_cpu(
-        *lists,
-        scales=scales,
-        **vars(numbers),
-        low=LowPrecision(mode, rounding.seed, int(rounding.step)),
-        compensations=[rounding.compensation(i) for i in everything] if mode == "kahan" else (),
-        numbers=[rounding.number(i) for i in everything] if mode == "stochastic" else (),
-    )
 
 
 def own_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -519,37 +462,6 @@ def _scale(param: Tensor, group: Mapping[str, Any]) -> float:
     if group["scale"] is not None:
         return float(group["scale"])
     return scale_by_kind(param, group["kind"] or kind_by_shape(param), group.get("center", 1.0))
-
-
-def _scaled_groups(params: ParamsT, scales: Mapping[str, float] | float) -> list[dict[str, Any]]:
-    """The groups, divided so that each holds tensors of one scale."""
-    if not isinstance(scales, Mapping):
-        check_real("scales", scales, low=0.0, low_open=True)
-    entries: list[Any] = list(params)
-    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
-    divided: list[dict[str, Any]] = []
-    for group in groups:
-        if group.get("scale") is not None:
-            divided.append(group)
-            continue
-        if not isinstance(scales, Mapping):
-            divided.append({**group, "scale": float(scales)})
-            continue
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        names = group.get("param_names") or [m[0] if isinstance(m, tuple) else None for m in members]
-        parts: dict[float, dict[str, Any]] = {}
-        for name, member in zip(names, members, strict=True):
-            if name is None:
-                raise ValueError("scales by name need named parameters, such as model.named_parameters()")
-            if name not in scales:
-                raise ValueError(f"scales must hold every parameter, got none for {name!r}")
-            scale = check_real(f"scales[{name!r}]", scales[name], low=0.0, low_open=True)
-            part = parts.setdefault(scale, {**group, "scale": scale, "params": []})
-            part["params"].append(member)
-            if "param_names" in group:
-                part["param_names"] = [*(part["param_names"] if len(part["params"]) > 1 else []), name]
-        divided += parts.values()
-    return divided
 
 
 def _check_numbers(options: Mapping[str, Any]) -> None:

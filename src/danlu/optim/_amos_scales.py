@@ -10,14 +10,16 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_real
 from danlu.optim._param_groups import Kind, center_of, kind_of, matches, pattern_text
 
-__all__ = ["amos_scales", "scale_by_kind"]
+__all__ = ["amos_scales", "scale_by_kind", "scaled_groups"]
 
 _LINEAR = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -216,3 +218,34 @@ def _is_activated(value: object, children: Mapping[str, nn.Module]) -> bool:
 def _is_activation(value: object) -> bool:
     name = type(value).__name__ if isinstance(value, nn.Module) else getattr(value, "__name__", "")
     return _ACTIVATIONS.search(name) is not None
+
+
+def scaled_groups(params: ParamsT, scales: Mapping[str, float] | float) -> list[dict[str, Any]]:
+    """The groups, divided so that each holds tensors of one scale."""
+    if not isinstance(scales, Mapping):
+        check_real("scales", scales, low=0.0, low_open=True)
+    entries: list[Any] = list(params)
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    divided: list[dict[str, Any]] = []
+    for group in groups:
+        if group.get("scale") is not None:
+            divided.append(group)
+            continue
+        if not isinstance(scales, Mapping):
+            divided.append({**group, "scale": float(scales)})
+            continue
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        names = group.get("param_names") or [m[0] if isinstance(m, tuple) else None for m in members]
+        parts: dict[float, dict[str, Any]] = {}
+        for name, member in zip(names, members, strict=True):
+            if name is None:
+                raise ValueError("scales by name need named parameters, such as model.named_parameters()")
+            if name not in scales:
+                raise ValueError(f"scales must hold every parameter, got none for {name!r}")
+            scale = check_real(f"scales[{name!r}]", scales[name], low=0.0, low_open=True)
+            part = parts.setdefault(scale, {**group, "scale": scale, "params": []})
+            part["params"].append(member)
+            if "param_names" in group:
+                part["param_names"] = [*(part["param_names"] if len(part["params"]) > 1 else []), name]
+        divided += parts.values()
+    return divided

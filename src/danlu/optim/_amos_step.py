@@ -1,16 +1,18 @@
-"""One step of Amos on lists of tensors: with plain operations, in cache-sized blocks, and in buckets."""
+"""One step of Amos on lists of tensors: with plain operations, in cache-sized blocks, in buckets, and compiled."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from danlu.optim._rounding import Writer, read, write
-from danlu.optim._traversal import BLOCK, compute_dtype, rounded_blocks, scratch
+from danlu.kernels.amos import amos_cpu, dtypes_supported
+from danlu.kernels.sign_update import LowPrecision
+from danlu.optim._rounding import Rounding, Writer, read, resolve_rounding, write
+from danlu.optim._traversal import BLOCK, compute_dtype, kernel_test, rounded_blocks, scratch
 
-__all__ = ["Numbers", "blocked_amos", "multi_tensor_amos", "single_tensor_amos"]
+__all__ = ["Numbers", "amos_kernel_test", "blocked_amos", "fused_amos", "multi_tensor_amos", "single_tensor_amos"]
 
 
 @dataclass(frozen=True)
@@ -279,3 +281,65 @@ def multi_tensor_amos(
             write(param, theta + change, writer)
     else:
         torch._foreach_add_(list(params), changes)
+
+
+def amos_kernel_test(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    decays: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor] | None,
+    *,
+    fused: bool | None,
+    foreach: bool | None,
+) -> Callable[[int], bool] | None:
+    """What tells by its index whether the compiled step takes a tensor; None if it is not wanted."""
+    if fused is None and any(param.device.type != "cpu" for param in params):
+        fused = False
+    # Without momentum there is no state of the parameter's strides to look at.
+    takes = kernel_test(
+        "amos",
+        params,
+        grads,
+        params if exp_avgs is None else exp_avgs,
+        fused=fused,
+        foreach=foreach,
+        supported=lambda param, state: exp_avgs is None or dtypes_supported(param, state),
+    )
+    if takes is None:
+        return None
+
+    def takes_state(i: int) -> bool:
+        param, v, b = params[i], exp_avg_sqs[i], decays[i]
+        fits = all(s.is_contiguous() and dtypes_supported(param.dtype, s.dtype) for s in (v, b))
+        if fits and v.numel() > 1:
+            # One number per slice of axis 0, each slice in one piece of memory, one after the other.
+            outermost = param.stride(0) * param.shape[0] == param.numel()
+            fits = outermost and v.numel() == v.shape[0] == param.shape[0]
+        if not fits and fused:
+            raise RuntimeError(
+                f"fused=True, but the kernel cannot run on a tensor of shape {tuple(param.shape)} and strides "
+                f"{param.stride()} with statistics of shape {tuple(v.shape)}"
+            )
+        return fits
+
+    return lambda i: takes(i) and takes_state(i)
+
+
+def fused_amos(
+    lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor] | None],
+    scales: list[float],
+    numbers: Numbers,
+    rounding: Rounding,
+) -> list[int]:
+    """The compiled step; returns the indices of the tensors that were skipped."""
+    params = lists[0]
+    mode, everything = resolve_rounding(rounding.mode, params[0].dtype), range(len(params))
+    return amos_cpu(
+        *lists,
+        scales=scales,
+        **vars(numbers),
+        low=LowPrecision(mode, rounding.seed, int(rounding.step)),
+        compensations=[rounding.compensation(i) for i in everything] if mode == "kahan" else (),
+        numbers=[rounding.number(i) for i in everything] if mode == "stochastic" else (),
+    )
