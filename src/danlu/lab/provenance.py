@@ -29,7 +29,9 @@ def code_version() -> str:
     """
     root = Path(danlu.__file__).parent
     total = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(root.rglob("*")):
+        if path.suffix not in (".py", ".cpp", ".h"):
+            continue
         relative = path.relative_to(root).as_posix()
         if relative.startswith("lab/trials/") or (relative.startswith("lab/") and path.name in _NOT_CODE):
             continue
