@@ -49,9 +49,9 @@ def set_learning_rate(optimizer: Optimizer, options: Mapping[str, Scalar], step:
     """
     warmup = max(1, round(float(options["warmup"]) * steps))
     factor = (step + 1) / warmup
-    if options["optimizer"] in ("amos", "amos_momentum"):
+    if options.get("optimizer") in ("amos", "amos_momentum"):
         factor = min(factor, 1.0)
-    elif options["optimizer"] == "lion_derived":
+    elif options.get("optimizer") == "lion_derived":
         factor = min(factor, 1.0) / (1.0 + 2.0 * step / steps)
     else:
         factor = min(factor, (steps - step) / max(1, steps - warmup + 1))
