@@ -1,6 +1,7 @@
 """Run by test_distributed.py in two processes over gloo; prints one JSON object: check -> passed, or the error."""
 
 import json
+import os
 import traceback
 import warnings
 
@@ -214,8 +215,10 @@ def main():
     gathered = [None, None]
     dist.all_gather_object(gathered, results)
     if dist.get_rank() == 0:
-        print(json.dumps({name: [one[name] for one in gathered] for name in CHECKS}))
-    dist.destroy_process_group()
+        print(json.dumps({name: [one[name] for one in gathered] for name in CHECKS}), flush=True)
+    # Nobody leaves while the other still talks; then at once, since threads of gloo may abort an orderly exit.
+    dist.barrier()
+    os._exit(0)
 
 
 if __name__ == "__main__":
