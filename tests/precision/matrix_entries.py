@@ -93,6 +93,19 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 EXEMPT: dict[str, str] = {
+    "flows.Entropy": "a term of WassersteinFlow",
+    "flows.FDivergence": "a term of WassersteinFlow",
+    "flows.GaussianFlow": "a record",
+    "flows.GradientTrajectory": "a record",
+    "flows.Interaction": "a term of WassersteinFlow",
+    "flows.KL": "a term of WassersteinFlow",
+    "flows.ParticleTrajectory": "a record",
+    "flows.Potential": "a term of WassersteinFlow",
+    "flows.WassersteinFlow": "takes float32 and float64 particles and refuses others; its velocities carry no graph",
+    "flows.gradient_flow": "takes float32 and float64 points and refuses others; differentiates by itself",
+    "flows.jko_step": "takes float32 and float64 particles and refuses others; solves by itself",
+    "flows.ornstein_uhlenbeck": "closed forms with eigenvalues, in float32 and float64; refuses others",
+    "flows.steepest_direction": "one formula per norm in the dtype of its input; tested for its dtypes with the family",
     "optim.Rounding": "how an optimizer writes back half parameters; its own dtypes are those of test_rounding.py",
     "optim.lion": "the function behind Lion: it updates in place and has no gradient; run through the class",
     "optim.parameter_groups": "sorts parameters, computes nothing",

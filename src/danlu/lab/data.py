@@ -40,6 +40,7 @@ __all__ = [
     "TaggedTexts",
     "TextCorpus",
     "bible_pairs",
+    "breast_cancer",
     "cache_folder",
     "carrier",
     "chinese_reviews",
@@ -254,6 +255,43 @@ def digits(*, seed: int = 0, train: int = 900, validation: int = 200, label_nois
         sha256=_hash([inputs.tobytes(), targets.tobytes()]),
         license="BSD-3-Clause",
         split_rule=f"random by seed: {train} train, {validation} validation, rest test",
+        source="scikit-learn",
+    )
+
+
+def breast_cancer(*, seed: int = 0, train: int = 400) -> LabelledArrays:
+    """scikit-learn's 569 tumors, 30 measurements each, standardized by the training rows; 1 is benign.
+
+    Args:
+        seed: of the split.
+        train: rows to learn from; half of the rest is validation, half test.
+
+    Raises:
+        ValueError: the sizes leave no test rows.
+    """
+    from sklearn.datasets import load_breast_cancer
+
+    raw, labels_of = load_breast_cancer(return_X_y=True)
+    inputs, targets = np.asarray(raw, dtype=np.float32), np.asarray(labels_of, dtype=np.int64)
+    held_out = len(inputs) - train
+    if train < 2 or held_out < 2:
+        raise ValueError(f"train must leave validation and test rows of {len(inputs)}, got {train}")
+    order = np.random.default_rng([seed, 2]).permutation(len(inputs))
+    shuffled, labels = inputs[order].astype(np.float64), targets[order]
+    center, width = shuffled[:train].mean(0), shuffled[:train].std(0)
+    scaled = ((shuffled - center) / np.where(width > 0, width, 1)).astype(np.float32)
+    end = train + held_out // 2
+    return LabelledArrays(
+        scaled[:train],
+        labels[:train],
+        scaled[train:end],
+        labels[train:end],
+        scaled[end:],
+        labels[end:],
+        name="scikit-learn breast cancer",
+        sha256=_hash([inputs.tobytes(), targets.tobytes()]),
+        license="BSD-3-Clause",
+        split_rule=f"random by seed: {train} train, half of the rest validation, half test",
         source="scikit-learn",
     )
 
