@@ -29,10 +29,10 @@ def main() -> None:
         return -points.square().sum(-1) / 2
 
     flows = {name: WassersteinFlow(KL(log_prob), density=name, bandwidth=4.0) for name in ("kde", "blob", "svgd")}
+    flows["gaussian"] = WassersteinFlow(KL(log_prob), density="gaussian")
     candidates = {
         "torch.cdist + matmul": lambda: torch.cdist(x, x) @ x,
         "matmul alone": lambda: square @ x,
-        "danlu gaussian": lambda f=WassersteinFlow(KL(log_prob), density="gaussian"): f.step(x, 0.01),
     }
     candidates |= {f"danlu {name}": lambda f=flow: f.step(x, 0.01) for name, flow in flows.items()}
     rows = summary(interleave(candidates, rounds=ROUNDS), "torch.cdist + matmul")
