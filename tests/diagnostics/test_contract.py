@@ -35,6 +35,16 @@ def test_no_gradient_side_effects():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_embedding_health_has_no_side_effects():
+    weight = torch.randn(5, 3, requires_grad=True)
+    before, random = weight.detach().clone(), torch.get_rng_state()
+    first, again = (family.embedding_health(weight, 0.01, counts=torch.arange(5)) for _ in range(2))
+    assert first == again
+    assert torch.equal(weight, before)
+    assert weight.grad is None
+    assert torch.equal(random, torch.get_rng_state())
+
+
 def test_functions_take_options_by_keyword():
     for name in family.__all__:
         target = getattr(family, name)

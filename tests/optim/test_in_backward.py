@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.optim import Tiger, parameter_groups
+from danlu.optim import Tiger
 
 
 def model(dtype=torch.float64) -> nn.Module:
@@ -271,7 +271,25 @@ def test_bad_use():
     optimizer.param_groups[0]["grad_accum_steps"] = 2
     with pytest.raises(RuntimeError, match="grad_accum_steps changed from 3 to 2 within a cycle"):
         train(net, optimizer, 1, 2)
-    sparse = nn.Embedding(5, 2, sparse=True)
-    _optimizer = Tiger(parameter_groups(sparse), in_backward=True)
-    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
-        sparse(torch.tensor([1])).sum().backward()
+
+
+@pytest.mark.parametrize("lazy", [(), ("embedding",)])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_embeddings_lazily_and_with_sparse_gradients(lazy, sparse, clip):
+    found = []
+    for in_backward in (True, False):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(9, 4, sparse=sparse, padding_idx=0)
+        options = {"lazy": lazy, "tensor_clip_norm": clip, "grad_accum_steps": 2, "in_backward": in_backward}
+        optimizer = Tiger(embedding, lr=0.05, **options)
+        for step in range(7):
+            optimizer.zero_grad()
+            if lazy and step == 3:
+                optimizer.mark_rows(embedding.weight, torch.tensor([1, 2]))
+            tokens = torch.randint(9, (4,), generator=torch.Generator().manual_seed(step))
+            embedding(tokens).square().sum().backward()
+            optimizer.step()
+        found.append((embedding.weight.detach(), optimizer.state[embedding.weight]["exp_avg"]))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)

@@ -88,6 +88,9 @@ def model() -> nn.Sequential:
 
 # Called with a model and options of the class.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "optim.HybridOptimizer": lambda net: optim.HybridOptimizer(
+        net, {"embedding": (torch.optim.AdamW, {"lr": 0.01}), "default": (optim.Tiger, {"lr": 0.01})}
+    ),
     "optim.Lion": lambda net, **options: optim.Lion(optim.parameter_groups(net, weight_decay=0.1), lr=0.01, **options),
     "optim.Tiger": lambda net, **options: optim.Tiger(net, lr=0.01, **options),
 }
@@ -106,10 +109,13 @@ EXEMPT: dict[str, str] = {
     "flows.jko_step": "takes float32 and float64 particles and refuses others; solves by itself",
     "flows.ornstein_uhlenbeck": "closed forms with eigenvalues, in float32 and float64; refuses others",
     "flows.steepest_direction": "one formula per norm in the dtype of its input; tested for its dtypes with the family",
+    "diagnostics.EmbeddingHealth": "a record",
+    "diagnostics.embedding_health": "a diagnostic in float64 without gradients; half tables in test_embedding_health.py",
     "optim.Rounding": "how an optimizer writes back half parameters; its own dtypes are those of test_rounding.py",
     "optim.lion": "the function behind Lion: it updates in place and has no gradient; run through the class",
     "optim.parameter_groups": "sorts parameters, computes nothing",
     "optim.piecewise_linear": "a schedule, Python numbers only",
+    "optim.tie_embeddings": "changes modules, computes nothing; gradients of the tied model in test_tie_embeddings.py",
     "optim.tiger": "the function behind Tiger: it updates in place and has no gradient; run through the class",
     "positions.rope_frequencies": "a float64 table from integers, without an input that autocast could touch",
     "precision.CompileReport": "a record",

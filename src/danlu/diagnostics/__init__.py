@@ -1,5 +1,6 @@
 """Diagnostics: numbers to look at, from tensors, models and measured losses; never part of a loss."""
 
+from danlu.diagnostics._embedding_health import EmbeddingHealth, embedding_health
 from danlu.diagnostics._gradient_penalty import GradientPenaltyBound, gradient_penalty_bound
 from danlu.diagnostics._power_law import (
     JointFit,
@@ -13,6 +14,7 @@ from danlu.diagnostics._scaling_law import Emergence, QuantaModel, ScalingExpone
 from danlu.diagnostics._sparse_parity import MultitaskSparseParity, TaskScores, learning_times
 
 __all__ = [
+    "EmbeddingHealth",
     "Emergence",
     "GradientPenaltyBound",
     "JointFit",
@@ -23,6 +25,7 @@ __all__ = [
     "ScalingExponents",
     "TaskScores",
     "check_quanta_relation",
+    "embedding_health",
     "fit_joint",
     "fit_power_law",
     "gradient_penalty_bound",

@@ -6,11 +6,13 @@ from danlu.optim._amos_strategy import UpdateNormalized, amos_strategy
 from danlu.optim._approximate_accumulation import FoldedAdamW, equivalent_beta
 from danlu.optim._exponentiated_gradient import ExponentiatedGradient
 from danlu.optim._folded_adamw import folded_adamw
+from danlu.optim._hybrid import HybridOptimizer
 from danlu.optim._lion import Lion, lion
 from danlu.optim._param_groups import parameter_groups
 from danlu.optim._rounding import Rounding
 from danlu.optim._schedules import inverse_square, inverse_time, piecewise_linear
 from danlu.optim._step_size import EGSGD, EGStepSize
+from danlu.optim._tie_embeddings import tie_embeddings
 from danlu.optim._tiger import Tiger, tiger
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "EGStepSize",
     "ExponentiatedGradient",
     "FoldedAdamW",
+    "HybridOptimizer",
     "Lion",
     "Rounding",
     "Tiger",
@@ -33,5 +36,6 @@ __all__ = [
     "lion",
     "parameter_groups",
     "piecewise_linear",
+    "tie_embeddings",
     "tiger",
 ]

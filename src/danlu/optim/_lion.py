@@ -5,7 +5,8 @@ Source: Chen et al. (2023), "Symbolic Discovery of Optimization Algorithms", arX
 Shape letters: `...` any shape, the same for a parameter, its gradient and its momentum.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,20 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_real
 from danlu.kernels.sign_update import LowPrecision, SignUpdate, dtypes_supported
+from danlu.optim._lazy_rows import (
+    LazyRows,
+    LazyState,
+    check_lazy,
+    check_rows,
+    dense,
+    fixed_padding,
+    gradient_values,
+    is_lazy,
+    is_special,
+    part_number,
+    settle,
+    warn_if_lazy_is_idle,
+)
 from danlu.optim._nonfinite import (
     Counts,
     all_finite,
@@ -23,8 +38,9 @@ from danlu.optim._nonfinite import (
     parameter_name,
     raise_if_nonfinite,
 )
-from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
+from danlu.optim._options import as_float, check_beta, check_layouts, check_lr, check_shared_options
 from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, resolve_rounding, write
+from danlu.optim._stale_momentum import EmbeddingWatch, apply_deadzone, check_deadzone
 from danlu.optim._state import (
     PreparedCalls,
     add_compensation,
@@ -83,6 +99,14 @@ class Lion(Optimizer):
             always take the plain operations.
         fused: True takes one compiled call for all tensors (CPU: C++, compiled on first use by the machine's compiler;
             CUDA: Triton) and raises where it cannot run; None takes it where it can, unless `foreach` is given.
+        lazy: kinds of [`parameter_groups`][danlu.optim.parameter_groups] whose rows are updated only where the
+            gradient has something to say, usually `("embedding",)`; in a group also True or False. See
+            [`mark_rows`][danlu.optim.Lion.mark_rows] for rows that one knows.
+        lazy_state: the momentum of the other rows: "decay" goes on decaying (with $\beta_2$, made up for when the row
+            is touched again), "freeze" stays.
+        sign_deadzone: $\tau \in [0, 1)$; before a step, elements of the momentum with $|m| < \tau\,\mathrm{RMS}(m)$
+            become 0, so that an element without gradients is not pushed for ever. Experimental; $10^{-6}$ is a start,
+            0 switches it off. Not applied to lazy groups.
         maximize: climb instead of descend; the momentum then still averages the gradients as they come.
         capturable: keep what changes from step to step on the device, so that a CUDA graph of the fused step replays as
             the step would run; give `lr` as a tensor there if it is to change.
@@ -140,6 +164,9 @@ class Lion(Optimizer):
         state_dtype: torch.dtype | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        lazy: bool | Sequence[str] = (),
+        lazy_state: LazyState = "decay",
+        sign_deadzone: float = 0.0,
         maximize: bool = False,
         capturable: bool = False,
     ) -> None:
@@ -153,6 +180,9 @@ class Lion(Optimizer):
             "state_dtype": state_dtype,
             "foreach": foreach,
             "fused": fused,
+            "lazy": lazy,
+            "lazy_state": lazy_state,
+            "sign_deadzone": sign_deadzone,
             "maximize": maximize,
             "capturable": capturable,
             # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
@@ -161,7 +191,9 @@ class Lion(Optimizer):
         _check_group(defaults)
         self._nonfinite_counts: dict[Tensor, Tensor] = {}
         self._calls = PreparedCalls()
+        self._rows, self._watch = LazyRows(), EmbeddingWatch()
         super().__init__(params, defaults)
+        warn_if_lazy_is_idle("Lion", lazy, self.param_groups)
 
     @classmethod
     def from_adamw(
@@ -194,9 +226,26 @@ class Lion(Optimizer):
             _check_group(self.defaults | param_group)
             param_group = dict(param_group)
         super().add_param_group(param_group)
+        check_rows(self.param_groups)
+
+    def mark_rows(self, param: Tensor, token_ids: Tensor) -> None:
+        """Say which rows of a lazy parameter the next `step` updates, instead of looking for them in its gradient.
+
+        Calls before one step add up. Gradients of other rows are not used. `token_ids` are integers of any shape.
+        """
+        self._rows.mark(self.param_groups, param, token_ids)
+
+    def check_embeddings(self) -> list[str]:
+        """Call between `backward` and `step`: warns of embeddings whose rows mostly get no gradient.
+
+        A parameter of a group of kind `embedding` that is not lazy is reported, once, after 100 calls in a row in which
+        more than 20 % of its rows had an all-zero gradient. Returns the names that this call reports.
+        """
+        return self._watch.check(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_nonfinite_counts": self._nonfinite_counts}
+        own = ("_nonfinite_counts", "_rows", "_watch")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -219,12 +268,15 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
-        calls = [self._calls.find(g, group, grads[g], self.state) for g, group in enumerate(self.param_groups)]
+        calls = [
+            None if is_special(group) else self._calls.find(g, group, grads[g], self.state)
+            for g, group in enumerate(self.param_groups)
+        ]
         if None in calls:
-            check_gradients("Lion", self.param_groups)
+            check_layouts("Lion", self.param_groups)
         raise_if_nonfinite(
             {
-                parameter_name(self.param_groups, g, i): grad
+                parameter_name(self.param_groups, g, i): gradient_values(grad)
                 for g, group in enumerate(self.param_groups)
                 if group["nonfinite"] == "raise"
                 for i, grad in enumerate(grads[g])
@@ -251,6 +303,7 @@ class Lion(Optimizer):
             group["step"] += 1
             if group["capturable"]:
                 group["device_step"].add_(1)
+        self._rows.clear()
         return loss
 
     def _bits_step(self, group: dict[str, Any]) -> int | Tensor:
@@ -268,21 +321,65 @@ class Lion(Optimizer):
             add_compensation(state, param, group)
             states.append(state)
         numbers = [first + i for i in chosen]
-        fused = lion(
-            params,
-            [grad for grad in grads if grad is not None],
-            [state["exp_avg"] for state in states],
-            lr=group["lr"],
-            betas=group["betas"],
-            weight_decay=group["weight_decay"],
-            nonfinite="skip" if group["nonfinite"] == "skip" else "off",
-            nonfinite_counts=list(Counts(self._nonfinite_counts, params)),
-            rounding=group_rounding(group, self._bits_step(group), numbers, states),
-            foreach=group["foreach"],
-            fused=group["fused"],
-            maximize=group["maximize"],
-        )
+        counts, step = list(Counts(self._nonfinite_counts, params)), self._bits_step(group)
+        fused: list[int] = []
+        with fixed_padding(group, params):
+            if is_lazy(group):
+                for param, state, count, number in zip(params, states, counts, numbers, strict=True):
+                    update = partial(_lion_rows, group, step, count, number)
+                    self._rows.step(param, param.grad, state, group, update, beta=group["betas"][1], bad=count)
+            else:
+                for state in states:
+                    settle(state, group["betas"][1])
+                    apply_deadzone(state["exp_avg"], group["sign_deadzone"])
+                whole = [dense(grad) for grad in grads if grad is not None]
+                fused = _lion_of_group(group, step, params, whole, states, counts, numbers)
         self._calls.keep(g, group, fused, self.state, numbers)
+
+
+def _lion_of_group(
+    group: Mapping[str, Any],
+    step: int | Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Mapping[str, Any]],
+    counts: Sequence[Tensor],
+    numbers: Sequence[int],
+    *,
+    guard: bool = True,
+) -> list[int]:
+    """`lion` with the options of a group; `step` and the parameters' `numbers` among all are for the random bits."""
+    return lion(
+        params,
+        grads,
+        [state["exp_avg"] for state in states],
+        lr=group["lr"],
+        betas=group["betas"],
+        weight_decay=group["weight_decay"],
+        nonfinite="skip" if guard and group["nonfinite"] == "skip" else "off",
+        nonfinite_counts=counts,
+        rounding=group_rounding(group, step, numbers, states),
+        foreach=group["foreach"],
+        fused=group["fused"],
+        maximize=group["maximize"],
+    )
+
+
+def _lion_rows(
+    group: Mapping[str, Any],
+    step: int | Tensor,
+    count: Tensor,
+    number: int,
+    param: Tensor,
+    grad: Tensor | None,
+    state: Mapping[str, Tensor],
+    folded: bool,
+    guard: bool,
+    part: int,
+) -> None:
+    """`lion` as `step_rows` calls it, on some rows of one tensor."""
+    if grad is not None:
+        _lion_of_group(group, step, [param], [grad], [state], [count], [part_number(number, part)], guard=guard)
 
 
 def lion(
@@ -520,3 +617,5 @@ def _check_betas(betas: tuple[float, float]) -> None:
 def _check_group(group: dict[str, Any]) -> None:
     _check_betas(group["betas"])
     check_shared_options(group, _NONFINITE)
+    check_lazy(group)
+    check_deadzone(group["sign_deadzone"])

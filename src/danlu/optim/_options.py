@@ -9,7 +9,7 @@ from torch import Tensor
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._rounding import check_rounding
 
-__all__ = ["as_float", "check_beta", "check_gradients", "check_lr", "check_shared_options"]
+__all__ = ["as_float", "check_beta", "check_gradients", "check_layouts", "check_lr", "check_shared_options"]
 
 
 def check_lr(lr: float | Tensor) -> None:
@@ -51,6 +51,17 @@ def check_gradients(name: str, param_groups: Sequence[Mapping[str, Any]]) -> Non
                 raise RuntimeError(
                     f"{name} does not support sparse gradients, got one for a parameter of shape {tuple(param.shape)}; "
                     "use sparse=False in the embedding"
+                )
+
+
+def check_layouts(name: str, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `RuntimeError` if any gradient is neither dense nor sparse by coordinates, before anything is changed."""
+    for group in param_groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.layout not in (torch.strided, torch.sparse_coo):
+                raise RuntimeError(
+                    f"{name} does not support gradients of layout {param.grad.layout}, got one for a parameter of "
+                    f"shape {tuple(param.shape)}"
                 )
 
 

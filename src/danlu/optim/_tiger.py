@@ -9,6 +9,7 @@ Shape letters: `...` any shape, the same for a parameter, its gradient and its m
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,11 +19,26 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.kernels.sign_update import dtypes_supported
 from danlu.optim._in_backward import BackwardHooks, data_parallel_model, refuse_local_gradients
+from danlu.optim._lazy_rows import (
+    LazyRows,
+    LazyState,
+    check_lazy,
+    check_rows,
+    dense,
+    fixed_padding,
+    gradient_values,
+    is_lazy,
+    is_special,
+    part_number,
+    settle,
+    warn_if_lazy_is_idle,
+)
 from danlu.optim._nonfinite import Counts, event_counts, parameter_name, raise_if_nonfinite
-from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
+from danlu.optim._options import as_float, check_beta, check_layouts, check_lr, check_shared_options
 from danlu.optim._param_groups import DECAYED, KINDS, Kind, kind_by_shape, parameter_groups
 from danlu.optim._rounding import Rounding, RoundingMode
 from danlu.optim._schedules import PiecewiseLinear, schedule_points
+from danlu.optim._stale_momentum import EmbeddingWatch, apply_deadzone, check_deadzone
 from danlu.optim._state import (
     PreparedCalls,
     add_compensation,
@@ -47,6 +63,7 @@ __all__ = ["Tiger", "tiger"]
 TigerNonfinite = Literal["shrink", "skip", "raise", "off"]
 _NONFINITE = ("shrink", "skip", "raise", "off")
 _DEFAULT_ROUNDING = Rounding()
+_PATHS = ("foreach", "fused")
 
 
 class Tiger(Optimizer):
@@ -113,6 +130,14 @@ class Tiger(Optimizer):
             always take the plain operations.
         fused: True takes one compiled call for all tensors (CPU: C++, compiled on first use by the machine's compiler;
             CUDA: Triton) and raises where it cannot run; None takes it where it can, unless `foreach` is given.
+        lazy: kinds whose rows are updated only where the gradient has something to say, usually `("embedding",)`; in a
+            group also True or False. With accumulation a row counts if any micro-step of the cycle touched it. See
+            [`mark_rows`][danlu.optim.Tiger.mark_rows] for rows that one knows.
+        lazy_state: the momentum of the other rows: "decay" goes on decaying (made up for when the row is touched
+            again), "freeze" stays.
+        sign_deadzone: $\tau \in [0, 1)$; at the start of a cycle, elements of the momentum with
+            $|m| < \tau\,\mathrm{RMS}(m)$ become 0, so that an element without gradients is not pushed for ever.
+            Experimental; $10^{-6}$ is a start, 0 switches it off. Not applied to lazy groups.
         maximize: climb instead of descend.
         capturable: keep what changes from step to step on the device, so that a CUDA graph of the fused step replays as
             the step would run; give `lr` as a tensor there if it is to change.
@@ -189,6 +214,9 @@ class Tiger(Optimizer):
         state_dtype: torch.dtype | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        lazy: bool | Sequence[str] = (),
+        lazy_state: LazyState = "decay",
+        sign_deadzone: float = 0.0,
         maximize: bool = False,
         capturable: bool = False,
     ) -> None:
@@ -209,6 +237,9 @@ class Tiger(Optimizer):
             "state_dtype": state_dtype,
             "foreach": foreach,
             "fused": fused,
+            "lazy": lazy,
+            "lazy_state": lazy_state,
+            "sign_deadzone": sign_deadzone,
             "maximize": maximize,
             "capturable": capturable,
             "kind": None,
@@ -235,6 +266,7 @@ class Tiger(Optimizer):
         self._nonfinite_counts: dict[Tensor, Tensor] = {}
         self._warned_of_floor = False
         self._calls = PreparedCalls()
+        self._rows, self._watch = LazyRows(), EmbeddingWatch()
         self._hooks: BackwardHooks | None = None
         # Parameters whose gradients of this micro-step were folded in already, and where each parameter is.
         self._received: set[Tensor] = set()
@@ -249,6 +281,7 @@ class Tiger(Optimizer):
                 "gains are treated as any matrix and vector; pass the model or danlu.optim.parameter_groups(model)",
                 stacklevel=2,
             )
+        warn_if_lazy_is_idle("Tiger", lazy, self.param_groups)
         if in_backward:
             self._hooks = BackwardHooks(self._places, self._receive, model)
         elif model is not None:
@@ -257,6 +290,23 @@ class Tiger(Optimizer):
     def _note_synchronization(self, model: Any, _: object) -> None:
         if torch.is_grad_enabled():
             self._local_gradients = not model.require_backward_grad_sync
+
+    def mark_rows(self, param: Tensor, token_ids: Tensor) -> None:
+        """Say which rows of a lazy parameter the next micro-step touches, instead of looking for them in its gradient.
+
+        Calls before one micro-step add up; with `in_backward` they come before the backward pass. Gradients of other
+        rows are not used. `token_ids` are integers of any shape.
+        """
+        self._rows.mark(self.param_groups, param, token_ids)
+
+    def check_embeddings(self) -> list[str]:
+        """Call between `backward` and `step`: warns of embeddings whose rows mostly get no gradient.
+
+        A parameter of a group of kind `embedding` that is not lazy is reported, once, after 100 calls in a row in which
+        more than 20 % of its rows had an all-zero gradient. Returns the names that this call reports. With
+        `in_backward` there are no gradients left to look at.
+        """
+        return self._watch.check(self.param_groups)
 
     @property
     def micro_step(self) -> int:
@@ -280,6 +330,7 @@ class Tiger(Optimizer):
                 running = self.param_groups[0]
                 param_group |= {key: running[key] for key in ("micro_step", "cycle_start", "cycle_length")}
         super().add_param_group(param_group)
+        check_rows(self.param_groups)
         for i, param in enumerate(self.param_groups[-1]["params"]):
             self._places[param] = (len(self.param_groups) - 1, i)
             if self._hooks is not None:
@@ -293,6 +344,8 @@ class Tiger(Optimizer):
             "_normalize_power",
             "_schedule",
             "_in_backward",
+            "_rows",
+            "_watch",
             "micro_weight",
             "grad_scale",
         )
@@ -334,7 +387,7 @@ class Tiger(Optimizer):
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
         calls = [self._prepared(g, group, grads[g]) for g, group in enumerate(self.param_groups)]
         if None in calls:
-            check_gradients("Tiger", self.param_groups)
+            check_layouts("Tiger", self.param_groups)
             self._check_types()
         self._check_step(grads)
         self._warn_of_floor()
@@ -362,10 +415,12 @@ class Tiger(Optimizer):
             # DistributedDataParallel puts the average into .grad after the hand-over.
             param.grad = None
         self._received.clear()
+        self._rows.clear()
         return loss
 
     def _prepared(self, g: int, group: dict[str, Any], grads: list[Tensor | None]) -> Any:
-        usable = not self._in_backward and self._plain_sign() and group["tensor_clip_norm"] is None
+        plain = self._plain_sign() and group["tensor_clip_norm"] is None and not is_special(group)
+        usable = plain and not self._in_backward
         return self._calls.find(g, group, grads, self.state) if usable else None
 
     def _takes_part(self, param: Tensor, grad: Tensor | None) -> bool:
@@ -383,11 +438,6 @@ class Tiger(Optimizer):
             )
         g, i = self._places[param]
         group = self.param_groups[g]
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"Tiger does not support sparse gradients, got one for a parameter of shape {tuple(param.shape)}; "
-                "use sparse=False in the embedding"
-            )
         if param.is_complex():
             self._check_types()
         if self.grad_scale is not None:
@@ -418,16 +468,39 @@ class Tiger(Optimizer):
             states.append(state)
         if group["tensor_clip_norm"] is not None:
             grads = [None if grad is None else _clipped(grad, group["tensor_clip_norm"]) for grad in grads]
+        first = [not state.get("folded", False) for state in states]
         numbers = self._step_numbers(g, chosen, last)
-        return _run(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            list(Counts(self._nonfinite_counts, params)),
-            numbers,
-            foreach=group["foreach"] if self._plain_sign() else False,
-            fused=group["fused"] if self._plain_sign() else False,
-        )
+        paths: dict[str, bool | None] = {name: group[name] if self._plain_sign() else False for name in _PATHS}
+        counts = list(Counts(self._nonfinite_counts, params))
+        with fixed_padding(group, params):
+            if is_lazy(group):
+                for i, (param, count) in enumerate(zip(params, counts, strict=True)):
+                    update = partial(_tiger_rows, replace(numbers, **numbers.pick([i])), count, group["beta"], paths)
+                    self._rows.step(
+                        param,
+                        grads[i],
+                        states[i],
+                        group,
+                        update,
+                        beta=group["beta"],
+                        bad=count,
+                        first=first[i],
+                        last=last,
+                        row_wise=numbers.is_row_wise(i),
+                    )
+                return []
+            for fresh, state in zip(first, states, strict=True):
+                settle(state, group["beta"])
+                if fresh:
+                    apply_deadzone(state["exp_avg"], group["sign_deadzone"])
+            return _run(
+                params,
+                [None if grad is None else dense(grad) for grad in grads],
+                [state["exp_avg"] for state in states],
+                counts,
+                numbers,
+                **paths,
+            )
 
     def _step_numbers(self, g: int, chosen: Sequence[int], last: bool) -> TigerStep:
         """The numbers of this micro-step; marks the tensors as folded in this cycle."""
@@ -534,7 +607,7 @@ class Tiger(Optimizer):
             self._check_cycle(group)
         raise_if_nonfinite(
             {
-                parameter_name(self.param_groups, g, i): grad
+                parameter_name(self.param_groups, g, i): gradient_values(grad)
                 for g, group in enumerate(self.param_groups)
                 if group["nonfinite"] == "raise"
                 for i, grad in enumerate(grads[g])
@@ -545,8 +618,31 @@ class Tiger(Optimizer):
 
 def _clipped(grad: Tensor, limit: float) -> Tensor:
     """The gradient, scaled down to the norm `limit`; one that is not finite stays so."""
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        values = _clipped(grad.values(), limit)
+        return torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
     norm = torch.linalg.vector_norm(grad)
     return grad * torch.where(norm > limit, limit / norm, torch.ones_like(norm))
+
+
+def _tiger_rows(
+    step: TigerStep,
+    count: Tensor,
+    beta: float,
+    paths: Mapping[str, bool | None],
+    param: Tensor,
+    grad: Tensor | None,
+    state: Mapping[str, Tensor],
+    folded: bool,
+    guard: bool,
+    part: int,
+) -> None:
+    """One micro-step as `step_rows` calls it, on some rows of one tensor."""
+    number, compensation = step.rounding.number(0), state.get("compensation")
+    rounding = replace(step.rounding, numbers=[part_number(number, part)], compensations=[compensation])
+    step = replace(step, decays=[1.0 if folded else beta], guard=guard, rounding=rounding)
+    _run([param], [grad], [state["exp_avg"]], [count], step, **paths)
 
 
 def tiger(
@@ -729,6 +825,8 @@ def _check_group(group: dict[str, Any]) -> None:
     check_real("rms_floor", group["rms_floor"], low=0.0)
     check_real("vector_scale", group["vector_scale"], low=0.0, low_open=True)
     check_real("center", group["center"])
+    check_lazy(group)
+    check_deadzone(group["sign_deadzone"])
     if group["tensor_clip_norm"] is not None:
         check_real("tensor_clip_norm", group["tensor_clip_norm"], low=0.0, low_open=True)
     _check_switches(average=group["average"])
