@@ -325,14 +325,18 @@ def _rows_with_gradient(grad: Tensor) -> tuple[Tensor, bool]:
         return (grad != 0).flatten(1).any(1) if grad.ndim > 1 else grad != 0, False
     if grad.ndim == 1:
         return grad != 0, is_finite(grad)
-    table = grad.flatten(1)
+    found = [_block_rows(block) for block in grad.flatten(1).split(max(1, BLOCK * len(grad) // grad.numel()))]
+    return torch.cat([mask for mask, _ in found]), all(finite for _, finite in found)
+
+
+def _block_rows(block: Tensor) -> tuple[Tensor, bool]:
     # One fast read decides if every row has a gradient whose square neither vanishes nor overflows.
-    norms = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32 if is_low_precision(grad.dtype) else None)
-    if bool(((norms > 0) & torch.isfinite(norms)).all()):
-        return norms > 0, True
-    # Within a block the second read finds the cache.
-    ends = [(b.amax(1), b.amin(1)) for b in table.split(max(1, BLOCK // table.shape[1]))]
-    high, low = (torch.cat(one) for one in zip(*ends, strict=True))
+    norms = torch.linalg.vector_norm(block, dim=1, dtype=torch.float32 if is_low_precision(block.dtype) else None)
+    mask = norms > 0
+    if bool((mask & torch.isfinite(norms)).all()):
+        return mask, True
+    # The block is still in the cache.
+    high, low = block.amax(1), block.amin(1)
     return (high != 0) | (low != 0), bool((torch.isfinite(high) & torch.isfinite(low)).all())
 
 

@@ -118,8 +118,8 @@ class Lion(Optimizer):
     Raises:
         TypeError: an option is not of its type.
         ValueError: `lr` < 0, a beta outside $[0, 1)$, `weight_decay` < 0, or an unknown `nonfinite`; also in a group.
-        RuntimeError: from `step` on a sparse gradient, on a bad gradient with `nonfinite="raise"`, or where
-            `fused=True` cannot run.
+        RuntimeError: from `step` on a gradient that is neither dense nor sparse by coordinates, on a bad gradient with
+            `nonfinite="raise"`, or where `fused=True` cannot run.
 
     Numerics:
         float16 and bfloat16 parameters are computed in float32 and rounded as `rounding` says. A multiplication of all
@@ -129,7 +129,9 @@ class Lion(Optimizer):
     Cost:
         4 bytes of state and 20 bytes of memory traffic per float32 parameter, 24 with the look for bad gradients where
         the gradient does not fit into the cache. Temporaries: none (fused), one block (CPU) or one bucket of tensors
-        (accelerators).
+        (accelerators). Lazy rows: the same for the touched rows, 4 bytes of state per row, and for a dense gradient the
+        search, one read of it; on accelerators that waits for the device. A sparse gradient without lazy rows is made
+        dense first.
 
     Differences:
         The decay is computed as $\eta(u + \lambda\theta)$, not as a factor $1 - \eta\lambda$, which float32 would round

@@ -150,10 +150,10 @@ class Tiger(Optimizer):
     Raises:
         TypeError: an option is not of its type.
         ValueError: an option is out of its range, or a kind is unknown; also in a group.
-        RuntimeError: from `step` on a sparse or complex gradient, when `grad_accum_steps` changed within a cycle, on a
-            bad gradient with `nonfinite="raise"`, where `fused=True` cannot run, or when the gradients of a
-            `DistributedDataParallel` were not averaged (`no_sync`); with `in_backward`, the last and a second gradient
-            within one micro-step are raised from the backward pass.
+        RuntimeError: from `step` on a gradient that is complex, or neither dense nor sparse by coordinates, when
+            `grad_accum_steps` changed within a cycle, on a bad gradient with `nonfinite="raise"`, where `fused=True`
+            cannot run, or when the gradients of a `DistributedDataParallel` were not averaged (`no_sync`); with
+            `in_backward`, the last and a second gradient within one micro-step are raised from the backward pass.
 
     Numerics:
         float16 and bfloat16 parameters are computed in float32 and rounded as `rounding` says. A positive factor on all
@@ -165,7 +165,9 @@ class Tiger(Optimizer):
         4 bytes of state per float32 parameter and no buffer for accumulation; 24 bytes of memory traffic, 28 with the
         look for bad gradients where the tensor does not fit into the cache. With `in_backward` weights, state and
         gradients together take 8 bytes per float32 parameter and the largest single gradient. Temporaries: none
-        (fused), one block (CPU) or one bucket of tensors (accelerators).
+        (fused), one block (CPU) or one bucket of tensors (accelerators). Lazy rows: the same for the touched rows, 4
+        bytes of state per row, and for a dense gradient the search, one read of it; on accelerators that waits for the
+        device. A sparse gradient without lazy rows is made dense first.
 
     Differences:
         `rms_floor` is ours; it equals the reference wherever the RMS is at least the floor. The reference looks for
