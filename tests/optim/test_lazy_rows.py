@@ -11,9 +11,9 @@ import torch
 from oracles import tiger_scale
 from torch import nn
 
-import danlu.optim._lazy_rows as lazy_rows
+import danlu.optim._row_steps as row_steps
 from danlu.optim import Lion, Tiger, parameter_groups, tie_embeddings
-from danlu.optim._lazy_rows import step_rows
+from danlu.optim._row_steps import step_rows
 
 both = pytest.mark.parametrize("cls", [Lion, Tiger])
 states = pytest.mark.parametrize("lazy_state", ["decay", "freeze"])
@@ -102,7 +102,7 @@ def momentum(optimizer, p):
     state = dict(optimizer.state[p])
     state["exp_avg"] = state["exp_avg"].clone()
     group = optimizer.param_groups[0]
-    lazy_rows.settle(state, group["betas"][1] if "betas" in group else group["beta"])
+    row_steps.settle(state, group["betas"][1] if "betas" in group else group["beta"])
     return state["exp_avg"]
 
 
@@ -117,7 +117,7 @@ def step_on(optimizer, p, g, as_sparse=False):
 @pytest.mark.parametrize("as_sparse", [False, True])
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"nonfinite": "off"}], ids=str)
 def test_oracle(cls, lazy_state, foreach, as_sparse, options, monkeypatch):
-    monkeypatch.setattr(lazy_rows, "BLOCK", 2 * WIDTH)  # several blocks of rows
+    monkeypatch.setattr(row_steps, "BLOCK", 2 * WIDTH)  # several blocks of rows
     start = np.random.default_rng(9).normal(size=(ROWS, WIDTH))
     p = nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = make(cls, [p], lazy_state=lazy_state, foreach=foreach, **options)
@@ -137,7 +137,7 @@ def test_oracle(cls, lazy_state, foreach, as_sparse, options, monkeypatch):
 @pytest.mark.parametrize("k", [2, 3])
 def test_oracle_with_accumulation(lazy_state, foreach, as_sparse, k, monkeypatch):
     """A row counts if any micro-step of the cycle touched it; None is a micro-step without a gradient."""
-    monkeypatch.setattr(lazy_rows, "BLOCK", 2 * WIDTH)
+    monkeypatch.setattr(row_steps, "BLOCK", 2 * WIDTH)
     start = np.random.default_rng(9).normal(size=(ROWS, WIDTH))
     p = nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = make(Tiger, [p], lazy_state=lazy_state, foreach=foreach, grad_accum_steps=k)

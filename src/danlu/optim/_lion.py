@@ -17,16 +17,11 @@ from danlu._common.checks import check_choice, check_real
 from danlu.kernels.sign_update import LowPrecision, SignUpdate, dtypes_supported
 from danlu.optim._lazy_rows import (
     LazyRows,
-    LazyState,
     check_lazy,
     check_rows,
-    dense,
     fixed_padding,
-    gradient_values,
     is_lazy,
     is_special,
-    part_number,
-    settle,
     warn_if_lazy_is_idle,
 )
 from danlu.optim._nonfinite import (
@@ -40,6 +35,7 @@ from danlu.optim._nonfinite import (
 )
 from danlu.optim._options import as_float, check_beta, check_layouts, check_lr, check_shared_options
 from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, resolve_rounding, write
+from danlu.optim._row_steps import LazyState, dense, gradient_values, part_number, settle
 from danlu.optim._stale_momentum import EmbeddingWatch, apply_deadzone, check_deadzone
 from danlu.optim._state import (
     PreparedCalls,

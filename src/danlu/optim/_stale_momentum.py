@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from danlu._common.checks import check_real
-from danlu.optim._lazy_rows import gradient_values, is_lazy
+from danlu.optim._lazy_rows import is_lazy
 from danlu.optim._nonfinite import parameter_name
+from danlu.optim._row_steps import gradient_values
 
 __all__ = ["EmbeddingWatch", "apply_deadzone", "check_deadzone"]
 

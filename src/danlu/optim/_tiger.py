@@ -21,22 +21,18 @@ from danlu.kernels.sign_update import dtypes_supported
 from danlu.optim._in_backward import BackwardHooks, data_parallel_model, refuse_local_gradients
 from danlu.optim._lazy_rows import (
     LazyRows,
-    LazyState,
     check_lazy,
     check_rows,
-    dense,
     fixed_padding,
-    gradient_values,
     is_lazy,
     is_special,
-    part_number,
-    settle,
     warn_if_lazy_is_idle,
 )
 from danlu.optim._nonfinite import Counts, event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import as_float, check_beta, check_layouts, check_lr, check_shared_options
 from danlu.optim._param_groups import DECAYED, KINDS, Kind, kind_by_shape, parameter_groups
 from danlu.optim._rounding import Rounding, RoundingMode
+from danlu.optim._row_steps import LazyState, dense, gradient_values, part_number, settle
 from danlu.optim._schedules import PiecewiseLinear, schedule_points
 from danlu.optim._stale_momentum import EmbeddingWatch, apply_deadzone, check_deadzone
 from danlu.optim._state import (
