@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import danlu.optim as family
-from danlu.optim import Amos, EGStepSize, ExponentiatedGradient, Tiger, parameter_groups
+from danlu.optim import Amos, EGStepSize, ExponentiatedGradient, Lion, Tiger, parameter_groups
 
 MEMBERS = {name: getattr(family, name) for name in family.__all__}
 # Built on other optimizers and not on parameters; test_amos_strategy.py and test_hybrid.py put them through the same.

@@ -110,7 +110,7 @@ EXEMPT: dict[str, str] = {
     "flows.ornstein_uhlenbeck": "closed forms with eigenvalues, in float32 and float64; refuses others",
     "flows.steepest_direction": "one formula per norm in the dtype of its input; tested for its dtypes with the family",
     "diagnostics.EmbeddingHealth": "a record",
-    "diagnostics.embedding_health": "a diagnostic in float64 without gradients; half tables in test_embedding_health.py",
+    "diagnostics.embedding_health": "a diagnostic in float64 without gradients; half tables in its tests",
     "optim.Rounding": "how an optimizer writes back half parameters; its own dtypes are those of test_rounding.py",
     "optim.lion": "the function behind Lion: it updates in place and has no gradient; run through the class",
     "optim.parameter_groups": "sorts parameters, computes nothing",

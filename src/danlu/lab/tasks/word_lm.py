@@ -134,7 +134,7 @@ class WordLM:
         tuned = _fine_tuned(model, windows[rare[rare < middle]], seed, options)
         metrics["loss@fine_tuned"] = _loss(tuned, windows[rare[rare >= middle + context][:places]].to(device))
         table = model.embedding.weight.detach()
-        health = embedding_health(table, float(options["weight_decay"]), counts.to(table.device))
+        health = embedding_health(table, float(options["weight_decay"]), counts=counts.to(table.device))
         rms = table.square().mean(1).sqrt()
         metrics["largest_component"] = health.max_component
         metrics["share_of_large_rows"] = float((rms > 10 * _INITIAL).double().mean())
