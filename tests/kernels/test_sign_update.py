@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from danlu.kernels.sign_update import dtypes_supported
+from danlu.kernels.sign_update import dtypes_supported, find_rows
 from danlu.optim import Rounding, lion, tiger
 
 LAYOUTS = {
@@ -167,3 +167,24 @@ def test_what_the_kernel_does_not_take_is_said():
         lion([gaps], [torch.ones(6, 10)[:, ::2]], [torch.zeros(6, 10)[:, ::2]], lr=0.1, fused=True)
     assert not dtypes_supported(torch.float32, torch.bfloat16)
     assert not dtypes_supported(torch.complex64, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (9,), (70, 33), (3, 2, 5), (3, 70_000), (700, 300)], ids=str)
+def test_rows_with_an_element_are_found(dtype, shape):
+    """Small elements, zeros of both signs, and elements that are not finite, which count as something."""
+    table = torch.zeros(shape, dtype=dtype)
+    table.view(-1)[::2] = -0.0
+    found, finite = find_rows(table)
+    assert not found.any()
+    assert finite
+    random = torch.Generator().manual_seed(0)
+    wanted = torch.rand(shape[0], generator=random) < 0.4
+    wanted[-1] = True
+    smallest = torch.finfo(dtype).smallest_normal
+    for value in (smallest, -torch.finfo(dtype).max, math.inf, -math.inf, math.nan):
+        filled = table.clone().view(shape[0], -1)
+        filled[wanted, torch.randint(filled.shape[1], (1,), generator=random)] = value
+        found, finite = find_rows(filled.view(shape))
+        assert torch.equal(found, wanted)
+        assert finite == math.isfinite(value)

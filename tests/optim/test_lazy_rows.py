@@ -17,6 +17,8 @@ from danlu.optim._row_steps import step_rows
 
 both = pytest.mark.parametrize("cls", [Lion, Tiger])
 states = pytest.mark.parametrize("lazy_state", ["decay", "freeze"])
+# Rows where they lie (compiled), rows gathered in blocks, and masks over the whole table.
+paths = pytest.mark.parametrize("foreach", [None, True, False], ids=["in place", "gathered", "masked"])
 ROWS, WIDTH = 7, 4
 
 
@@ -78,6 +80,13 @@ def gradients(steps, *, k=1, seed=0, every=False, rows=ROWS, width=WIDTH):
         yield cycle
 
 
+def distinct(g):
+    """The same gradient by coordinates: unsorted, no row twice, and not known to be so."""
+    table = torch.as_tensor(g)
+    rows = (table != 0).any(-1).nonzero()[:, 0].flip(0)
+    return torch.sparse_coo_tensor(rows[None], table[rows], table.shape, check_invariants=True)
+
+
 def sparse(g):
     """The same gradient by coordinates: unsorted, and one row in two parts."""
     table = torch.as_tensor(g)
@@ -113,7 +122,7 @@ def step_on(optimizer, p, g, as_sparse=False):
 
 @both
 @states
-@pytest.mark.parametrize("foreach", [None, False])
+@paths
 @pytest.mark.parametrize("as_sparse", [False, True])
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"nonfinite": "off"}], ids=str)
 def test_oracle(cls, lazy_state, foreach, as_sparse, options, monkeypatch):
@@ -132,7 +141,7 @@ def test_oracle(cls, lazy_state, foreach, as_sparse, options, monkeypatch):
 
 
 @states
-@pytest.mark.parametrize("foreach", [None, False])
+@paths
 @pytest.mark.parametrize("as_sparse", [False, True])
 @pytest.mark.parametrize("k", [2, 3])
 def test_oracle_with_accumulation(lazy_state, foreach, as_sparse, k, monkeypatch):
@@ -157,7 +166,7 @@ def test_oracle_with_accumulation(lazy_state, foreach, as_sparse, k, monkeypatch
 
 @both
 @states
-@pytest.mark.parametrize("foreach", [None, False])
+@paths
 @pytest.mark.parametrize("as_sparse", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_gradients(cls, lazy_state, foreach, as_sparse, bad):
@@ -407,7 +416,7 @@ def test_complex_rows():
 @both
 @states
 @pytest.mark.parametrize("as_sparse", [False, True])
-@pytest.mark.parametrize("foreach", [None, False])
+@paths
 def test_marked_rows(cls, lazy_state, as_sparse, foreach):
     """Marks take the place of the search: other rows stay, marked rows without a gradient move by their momentum."""
     start = np.random.default_rng(9).normal(size=(ROWS, WIDTH))
@@ -478,6 +487,74 @@ def test_turning_lazy_off_applies_the_deferred_decay(cls):
         step_on(eager, q, g)
     assert "last_step" not in optimizer.state[p]
     torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-12, atol=1e-12)
+
+
+@both
+@states
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float64, {}),
+        (torch.float32, {}),
+        (torch.bfloat16, {"rounding": "nearest", "state_dtype": torch.float32}),
+        (torch.bfloat16, {"rounding": "kahan", "state_dtype": torch.float32}),
+        (torch.bfloat16, {"rounding": "stochastic"}),
+        (torch.float16, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gradient", [torch.as_tensor, sparse, distinct])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_rows_equal_gathered_ones(cls, lazy_state, dtype, options, gradient, threads):
+    """Whatever the form of the gradient, with one thread and with several."""
+    found, before = [], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for foreach in (None, True):
+            p = nn.Parameter(torch.linspace(-1, 2, 40 * 33).view(40, 33).to(dtype))
+            optimizer = make(cls, [p], lazy_state=lazy_state, foreach=foreach, **options)
+            for (g,) in gradients(12, rows=40, width=33):
+                p.grad = gradient(g).to(dtype)
+                optimizer.step()
+            compensation = optimizer.state[p].get("compensation", torch.zeros(()))
+            found.append((p.detach().double() + compensation.double(), momentum(optimizer, p).double()))
+    finally:
+        torch.set_num_threads(before)
+    spacing = torch.finfo(dtype).eps
+    if options.get("rounding") == "kahan":
+        spacing *= 2**-7
+    for first, second in zip(*found, strict=True):
+        assert (first - second).abs().max() <= 4 * spacing
+    assert not torch.equal(found[0][0], torch.linspace(-1, 2, 40 * 33).view(40, 33).double())
+
+
+@pytest.mark.parametrize("lazy_state", ["decay", "freeze"])
+@paths
+def test_a_sparse_gradient_of_every_row_in_any_order(lazy_state, foreach):
+    """At the end of a cycle whose beginning touched some rows."""
+    found = []
+    for gradient in (torch.as_tensor, distinct):
+        p = nn.Parameter(torch.linspace(-1, 2, ROWS * WIDTH, dtype=torch.float64).view(ROWS, WIDTH))
+        optimizer = make(Tiger, [p], lazy_state=lazy_state, foreach=foreach, grad_accum_steps=2)
+        for step in range(3):
+            (some,), (every,) = next(gradients(1, seed=step)), next(gradients(1, seed=step, every=True))
+            for g in (some, every):
+                p.grad = gradient(g)
+                optimizer.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_one_row_without_axes_has_the_scale_of_the_vector():
+    start = torch.tensor([3.0, -4.0, 0.0], dtype=torch.float64)
+    for foreach in (None, True, False):
+        p = nn.Parameter(start.clone())
+        options = {"lr": 0.1, "weight_decay": 0.0, "foreach": foreach}
+        optimizer = Tiger([{"params": [p], "kind": "embedding", "lazy": True}], **options)
+        p.grad = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+        optimizer.step()
+        expected = torch.tensor([3.0, -4.0 - 0.1 * (25 / 3) ** 0.5, 0.0], dtype=torch.float64)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_lazy_rows_of_half_precision_are_those_of_the_dense_step():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from danlu.kernels import _cpp
 
-__all__ = ["LowPrecision", "SignUpdate", "dtypes_supported", "first_key", "mix"]
+__all__ = ["LowPrecision", "SignRows", "SignUpdate", "dtypes_supported", "find_rows", "first_key", "mix"]
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"nearest": 0, "stochastic": 1, "kahan": 2}
@@ -261,7 +261,9 @@ class _Cpu:
             self._column("q", numbers) if numbers else None,
             ctypes.addressof(self._finite_buffer),
         )
-        self._decayed = self._column("B", map(int, decayed)) if decayed else None
+        self._decayed: int | None = self._column("B", map(int, decayed)) if decayed else None
+        # Where Lion finds what its momenta are multiplied by first.
+        self._lion_decay: int | None = None
 
     def _column(self, code: Literal["q", "B"], values: Iterable[int]) -> int:
         column = array(code, values)
@@ -274,7 +276,9 @@ class _Cpu:
     def lion(self, numbers: Mapping[str, float | Tensor], guard: bool, low: LowPrecision) -> list[int]:
         values = [float(numbers[name]) for name in ("lr", "near", "far", "weight_decay")]
         options = _LionNumbers(*values, guard, *self._common(low))
-        done = _cpp.library("sign_update").danlu_lion(*self._dtypes, ctypes.byref(self._columns), ctypes.byref(options))
+        done = _cpp.library("sign_update").danlu_lion(
+            *self._dtypes, ctypes.byref(self._columns), ctypes.c_void_p(self._lion_decay), ctypes.byref(options)
+        )
         return self._bad(done, guard)
 
     def tiger(
@@ -286,17 +290,21 @@ class _Cpu:
         decay_vectors: bool,
         low: LowPrecision,
     ) -> list[int]:
-        self._decay[:] = array("d", decays)
+        decay = self._point_to_decays(decays)
         values = [float(numbers[name]) for name in ("lr", "gain", "weight_decay", "vector_scale", "rms_floor")]
         options = _TigerNumbers(*values, guard, *self._common(low), update, decay_vectors)
         done = _cpp.library("sign_update").danlu_tiger(
             *self._dtypes,
             ctypes.byref(self._columns),
-            ctypes.c_void_p(self._decay.buffer_info()[0]),
+            ctypes.c_void_p(decay),
             ctypes.c_void_p(self._decayed),
             ctypes.byref(options),
         )
         return self._bad(done, guard)
+
+    def _point_to_decays(self, decays: Sequence[float]) -> int | None:
+        self._decay[:] = array("d", decays)
+        return self._decay.buffer_info()[0]
 
     def _common(self, low: LowPrecision) -> tuple[int, int, int, int]:
         return _MODES[low.mode], torch.get_num_threads(), low.seed & _WORD, int(low.step) & _WORD
@@ -305,6 +313,92 @@ class _Cpu:
         if not done:
             raise RuntimeError(f"there is no kernel for the dtypes with the codes {self._dtypes}")
         return [i for i, finite in enumerate(self._finite) if not finite] if guard and 0 in self._finite else []
+
+
+class SignRows(_Cpu):
+    """Some rows of one table as the tensors of one call, on the CPU, in place.
+
+    Args:
+        param: contiguous table.
+        grad: contiguous; as many rows as `param`, or one for each of `rows`.
+        exp_avg: contiguous momentum.
+        rows: places of the rows, all different, int64.
+        decays: what the momentum of each row is multiplied by first, float64.
+        compensation: what the parameter lacks, for Kahan's rounding.
+        row: length of a row where each has a scale of its own, else 0 (Tiger).
+        decayed: whether the scale is a root mean square and weight decay holds (Tiger).
+    """
+
+    def __init__(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        rows: Tensor,
+        decays: Tensor,
+        *,
+        compensation: Tensor | None = None,
+        row: int = 0,
+        decayed: bool = False,
+    ) -> None:
+        n = len(rows)
+        self._tables = [param, exp_avg, *([] if compensation is None else [compensation])]
+        self._dtypes = (_CODES[param.dtype], _CODES[exp_avg.dtype])
+        self._finite = bytearray(n)
+        self._finite_buffer = (ctypes.c_uint8 * n).from_buffer(self._finite)
+        own = torch.arange(n) if len(grad) == n else rows
+        columns = {
+            "p": _addresses(param, rows),
+            "g": _addresses(grad, own),
+            "m": _addresses(exp_avg, rows),
+            "numel": torch.full((n,), param[0].numel()),
+            "row": torch.full((n,), row),
+        }
+        if compensation is not None:
+            columns["compensation"] = _addresses(compensation, rows)
+        marks = torch.full((n,), int(decayed), dtype=torch.uint8)
+        # The call reads them by their addresses.
+        self._alive = [*columns.values(), marks, decays, grad]
+        places = {name: column.data_ptr() for name, column in columns.items()}
+        self._columns = _Columns(n=n, finite=ctypes.addressof(self._finite_buffer), **places)
+        self._decayed: int | None = marks.data_ptr()
+        self._lion_decay: int | None = decays.data_ptr()
+
+    def step_lion(
+        self, *, lr: float | Tensor, betas: tuple[float, float], weight_decay: float, low: LowPrecision
+    ) -> None:
+        """One step of Lion, without a look for bad gradients."""
+        self.lion({"lr": lr, "near": 1 - betas[0], "far": 1 - betas[1], "weight_decay": weight_decay}, False, low)
+        torch.autograd.graph.increment_version(self._tables)
+
+    def step_tiger(
+        self, numbers: Mapping[str, float | Tensor], *, decay_vectors: bool, update: bool, low: LowPrecision
+    ) -> None:
+        """One micro-step of Tiger, without a look for bad gradients."""
+        self.tiger(numbers, (), False, update, decay_vectors, low)
+        torch.autograd.graph.increment_version(self._tables if update else self._tables[1:])
+
+    def _point_to_decays(self, decays: Sequence[float]) -> int | None:
+        del decays
+        return self._lion_decay
+
+
+def _addresses(table: Tensor, rows: Tensor) -> Tensor:
+    return rows * (table.stride(0) * table.element_size()) + table.data_ptr()
+
+
+def find_rows(table: Tensor) -> tuple[Tensor, bool]:
+    """Which rows of a contiguous table on the CPU hold an element other than 0, and whether all elements are finite."""
+    found = torch.empty(len(table), dtype=torch.bool)
+    finite = _cpp.library("sign_update").danlu_find_rows(
+        _CODES[table.dtype],
+        ctypes.c_void_p(table.data_ptr()),
+        ctypes.c_int64(len(table)),
+        ctypes.c_int64(table.numel() // len(table)),
+        torch.get_num_threads(),
+        ctypes.c_void_p(found.data_ptr()),
+    )
+    return found, bool(finite)
 
 
 class _Cuda:

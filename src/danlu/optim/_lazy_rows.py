@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danlu import kernels
 from danlu._common.checks import check_choice, check_integer
 from danlu.optim._param_groups import KINDS
-from danlu.optim._row_steps import RowUpdate, step_rows
+from danlu.optim._rounding import resolve_rounding
+from danlu.optim._row_steps import RowsInPlace, RowUpdate, step_rows
 
 __all__ = ["LazyRows", "check_lazy", "check_rows", "fixed_padding", "is_lazy", "is_special", "warn_if_lazy_is_idle"]
 
@@ -122,9 +124,19 @@ class LazyRows:
         *,
         beta: float,
         bad: Tensor,
+        in_place: RowsInPlace,
+        simple: bool = True,
         **place: bool,
     ) -> None:
-        """`step_rows` with the options of a parameter group; `place` holds `first`, `last` and `row_wise`."""
+        """`step_rows` with the options of a parameter group.
+
+        `in_place` is a compiled `update`, which may be used if the step is `simple`; `place` holds `first`, `last` and
+        `row_wise`.
+        """
+        wanted = group["fused"] or (group["fused"] is None and group["foreach"] is None)
+        compiled = bool(wanted) and param.device.type == "cpu" and kernels.explain("sign_update", param) is None
+        # The random bits of an element depend on its place in a tensor, which for one row is not that in the table.
+        simple = simple and resolve_rounding(group["rounding"], param.dtype) != "stochastic"
         step_rows(
             param,
             grad,
@@ -136,6 +148,8 @@ class LazyRows:
             padding_idx=group.get("padding_idx"),
             guard=group["nonfinite"] in ("skip", "shrink"),
             bad=bad,
+            compiled=compiled,
+            in_place=in_place if compiled and simple else None,
             # Finding rows waits for the device, which a CUDA graph cannot capture.
             eager=group["foreach"] is False or group["capturable"],
             **place,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_real
-from danlu.kernels.sign_update import LowPrecision, SignUpdate, dtypes_supported
+from danlu.kernels.sign_update import LowPrecision, SignRows, SignUpdate, dtypes_supported
 from danlu.optim._lazy_rows import (
     LazyRows,
     check_lazy,
@@ -325,7 +325,16 @@ class Lion(Optimizer):
             if is_lazy(group):
                 for param, state, count, number in zip(params, states, counts, numbers, strict=True):
                     update = partial(_lion_rows, group, step, count, number)
-                    self._rows.step(param, param.grad, state, group, update, beta=group["betas"][1], bad=count)
+                    self._rows.step(
+                        param,
+                        param.grad,
+                        state,
+                        group,
+                        update,
+                        beta=group["betas"][1],
+                        bad=count,
+                        in_place=partial(_lion_in_place, group),
+                    )
             else:
                 for state in states:
                     settle(state, group["betas"][1])
@@ -378,6 +387,27 @@ def _lion_rows(
     """`lion` as `step_rows` calls it, on some rows of one tensor."""
     if grad is not None:
         _lion_of_group(group, step, [param], [grad], [state], [count], [part_number(number, part)], guard=guard)
+
+
+def _lion_in_place(
+    group: Mapping[str, Any],
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    rows: Tensor,
+    factors: Tensor,
+    folded: bool,
+) -> None:
+    """`lion` as `step_rows` calls it, on rows where they lie."""
+    del folded
+    mode = resolve_rounding(group["rounding"], param.dtype)
+    call = SignRows(
+        param, grad, state["exp_avg"], rows, factors, compensation=state["compensation"] if mode == "kahan" else None
+    )
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    if group["maximize"]:
+        lr, weight_decay = -lr, -weight_decay
+    call.step_lion(lr=lr, betas=group["betas"], weight_decay=weight_decay, low=LowPrecision(mode))
 
 
 def lion(

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from danlu._common.checks import is_low_precision
+from danlu.kernels.sign_update import dtypes_supported, find_rows
 from danlu.optim._nonfinite import is_finite
 from danlu.optim._traversal import BLOCK, is_plain
 
-__all__ = ["LazyState", "RowUpdate", "dense", "gradient_values", "part_number", "settle", "step_rows"]
+__all__ = ["LazyState", "RowUpdate", "RowsInPlace", "dense", "gradient_values", "part_number", "settle", "step_rows"]
 
 LazyState = Literal["decay", "freeze"]
 # Entries of a parameter's state that belong to this file. `clock` has one axis: the optimizers load such tensors in the
@@ -27,6 +28,9 @@ _OWN_STATE = ("clock", "last_step", "touched")
 # to look for gradients that are not finite, number of the block) -> None: the optimizer's own function on the tensors
 # that it is given.
 RowUpdate = Callable[[Tensor, Tensor | None, Mapping[str, Tensor], bool, bool, int], None]
+# (parameter, gradient with its rows or with those of the list, state tensors by key, rows, what the momentum of each
+# lacks as a factor, whether the momentum was already decayed in this cycle) -> None: the same by one compiled call.
+RowsInPlace = Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor, Tensor, bool], None]
 
 
 def part_number(number: int, part: int) -> int:
@@ -67,6 +71,8 @@ def step_rows(
     bad: Tensor | None = None,
     row_wise: bool = True,
     eager: bool = False,
+    compiled: bool = False,
+    in_place: RowsInPlace | None = None,
 ) -> None:
     r"""One micro-step of a lazily updated table, in place.
 
@@ -95,6 +101,8 @@ def step_rows(
         row_wise: whether `update` of some rows equals that of the whole table on those rows.
         eager: do it with masks over the whole table and without a deferred decay: the oracle, and the way for tensor
             subclasses.
+        compiled: whether the compiled search for rows may be used.
+        in_place: a compiled `update` of rows where they lie, for contiguous tables on the CPU; None if there is none.
 
     Numerics:
         $\beta^{\Delta}$ is computed in float64 and rounded to the dtype of the arithmetic. Rows are gathered in
@@ -109,7 +117,7 @@ def step_rows(
         _masked(param, whole, state, update, beta, lazy_state, marked, padding_idx, first, last, guard)
         return
     before = None if bad is None else bad.clone()
-    rows, values, guard = _touched_rows(param, grad, marked, padding_idx, guard)
+    rows, values, guard = _touched_rows(param, grad, marked, padding_idx, guard, compiled)
     advances = grad is not None and first
     if lazy_state == "freeze":
         settle(state, beta)
@@ -134,6 +142,10 @@ def step_rows(
         if missed is not None and (param.device.type != "cpu" or bool(missed.any())):
             _decay_(aligned["exp_avg"], beta, missed)
         update(param, values, aligned, not first, guard, 0)
+    elif in_place is not None and values is not None and not guard and _lies_well(param, values, aligned["exp_avg"]):
+        if len(rows):
+            factors = torch.ones(len(rows), dtype=torch.float64) if missed is None else _powers(beta, missed)
+            in_place(param, values, aligned, rows, factors, not first)
     else:
         _gathered(param, rows, values, aligned, missed, beta, not first, guard, update)
     if lazy_state == "decay":
@@ -143,9 +155,9 @@ def step_rows(
 
 
 def _touched_rows(
-    param: Tensor, grad: Tensor | None, marked: Tensor | None, padding_idx: int | None, guard: bool
+    param: Tensor, grad: Tensor | None, marked: Tensor | None, padding_idx: int | None, guard: bool, compiled: bool
 ) -> tuple[Tensor | None, Tensor | None, bool]:
-    """The touched rows in rising order (None: all), their gradients, and whether those are still to be looked at.
+    """The touched rows, all different (None: all of them), their gradients, and whether to look at those still.
 
     The gradients of a dense one come back as they are, to be gathered by row.
     """
@@ -155,8 +167,10 @@ def _touched_rows(
     if grad.is_sparse and grad.sparse_dim() != 1:
         grad = grad.to_dense()
     if grad.is_sparse:
-        grad = grad.coalesce()
-        rows, values = grad.indices()[0], grad.values()
+        if not (on_cpu and _all_differ(grad._indices()[0], len(grad))):
+            # On the CPU the copy of all values, most of it page faults, is made only where indices repeat.
+            grad = grad.coalesce()
+        rows, values = grad._indices()[0], grad._values()
         if marked is not None:
             wanted, kept = marked.nonzero()[:, 0], marked[rows]
             values = _spread(values[kept], torch.searchsorted(wanted, rows[kept]), len(wanted))
@@ -165,7 +179,7 @@ def _touched_rows(
         rows = marked.nonzero()[:, 0]
         values = grad.index_select(0, rows)
     else:
-        mask, finite = _rows_with_gradient(grad)
+        mask, finite = _rows_with_gradient(grad, compiled)
         if padding_idx is not None:
             mask[padding_idx] = False
         every = on_cpu and bool(mask.all())
@@ -176,8 +190,18 @@ def _touched_rows(
     return rows, values, guard and not (on_cpu and is_finite(values))
 
 
-def _rows_with_gradient(grad: Tensor) -> tuple[Tensor, bool]:
+def _all_differ(rows: Tensor, length: int) -> bool:
+    """Whether no row comes twice. Gradients of all rows are not among these: they must be in the order of the table."""
+    if len(rows) >= length:
+        return False
+    ordered = rows.sort().values
+    return not bool((ordered[1:] == ordered[:-1]).any())
+
+
+def _rows_with_gradient(grad: Tensor, compiled: bool) -> tuple[Tensor, bool]:
     """Which rows hold an element other than 0, and whether all elements are known to be finite (CPU only)."""
+    if compiled and grad.device.type == "cpu" and grad.is_contiguous() and dtypes_supported(grad.dtype, grad.dtype):
+        return find_rows(grad)
     if grad.is_complex():
         grad = torch.view_as_real(grad)
     if grad.device.type != "cpu":
@@ -255,6 +279,18 @@ def _gathered(
             aligned[key].index_copy_(0, block, one)
 
 
+def _lies_well(param: Tensor, values: Tensor, exp_avg: Tensor) -> bool:
+    """Whether the compiled call can find the rows of these tensors."""
+    return (
+        param.device.type == "cpu"
+        and values.dtype == param.dtype
+        and dtypes_supported(param.dtype, exp_avg.dtype)
+        and param.is_contiguous()
+        and values.is_contiguous()
+        and exp_avg.is_contiguous()
+    )
+
+
 def _masked(
     param: Tensor,
     grad: Tensor | None,
@@ -310,10 +346,13 @@ def _aligned(param: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _decay_(exp_avg: Tensor, beta: float, missed: Tensor) -> None:
     """Multiply every row by beta to the power of its entry in `missed`."""
-    wide = torch.float32 if missed.device.type == "mps" else torch.float64
-    powers = missed.to(wide).mul_(math.log(beta)).exp_() if beta > 0 else (missed == 0).to(wide)
     dtype = torch.float32 if is_low_precision(exp_avg.dtype) else exp_avg.real.dtype
-    exp_avg.mul_(_over_rows(powers.to(dtype), exp_avg))
+    exp_avg.mul_(_over_rows(_powers(beta, missed).to(dtype), exp_avg))
+
+
+def _powers(beta: float, missed: Tensor) -> Tensor:
+    wide = torch.float32 if missed.device.type == "mps" else torch.float64
+    return missed.to(wide).mul_(math.log(beta)).exp_() if beta > 0 else (missed == 0).to(wide)
 
 
 def _over_rows(per_row: Tensor, table: Tensor) -> Tensor:
@@ -324,4 +363,4 @@ def _fill(target: Tensor, rows: Tensor | None, value: Tensor | bool) -> None:
     if rows is None:
         target.fill_(value)
     else:
-        target[rows] = value
+        target.index_fill_(0, rows, value)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_integer, check_real
-from danlu.kernels.sign_update import dtypes_supported
+from danlu.kernels.sign_update import LowPrecision, SignRows, dtypes_supported
 from danlu.optim._in_backward import BackwardHooks, data_parallel_model, refuse_local_gradients
 from danlu.optim._lazy_rows import (
     LazyRows,
@@ -31,7 +31,7 @@ from danlu.optim._lazy_rows import (
 from danlu.optim._nonfinite import Counts, event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import as_float, check_beta, check_layouts, check_lr, check_shared_options
 from danlu.optim._param_groups import DECAYED, KINDS, Kind, kind_by_shape, parameter_groups
-from danlu.optim._rounding import Rounding, RoundingMode
+from danlu.optim._rounding import Rounding, RoundingMode, resolve_rounding
 from danlu.optim._row_steps import LazyState, dense, gradient_values, part_number, settle
 from danlu.optim._schedules import PiecewiseLinear, schedule_points
 from danlu.optim._stale_momentum import EmbeddingWatch, apply_deadzone, check_deadzone
@@ -473,7 +473,8 @@ class Tiger(Optimizer):
         with fixed_padding(group, params):
             if is_lazy(group):
                 for i, (param, count) in enumerate(zip(params, counts, strict=True)):
-                    update = partial(_tiger_rows, replace(numbers, **numbers.pick([i])), count, group["beta"], paths)
+                    numbers_of_it = replace(numbers, **numbers.pick([i]))
+                    update = partial(_tiger_rows, numbers_of_it, count, group["beta"], paths)
                     self._rows.step(
                         param,
                         grads[i],
@@ -482,9 +483,11 @@ class Tiger(Optimizer):
                         update,
                         beta=group["beta"],
                         bad=count,
+                        in_place=partial(_tiger_in_place, numbers_of_it, group["beta"]),
+                        simple=self._plain_sign(),
                         first=first[i],
                         last=last,
-                        row_wise=numbers.is_row_wise(i),
+                        row_wise=numbers.is_row_wise(i, param),
                     )
                 return []
             for fresh, state in zip(first, states, strict=True):
@@ -641,6 +644,39 @@ def _tiger_rows(
     rounding = replace(step.rounding, numbers=[part_number(number, part)], compensations=[compensation])
     step = replace(step, decays=[1.0 if folded else beta], guard=guard, rounding=rounding)
     _run([param], [grad], [state["exp_avg"]], [count], step, **paths)
+
+
+def _tiger_in_place(
+    step: TigerStep,
+    beta: float,
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    rows: Tensor,
+    factors: Tensor,
+    folded: bool,
+) -> None:
+    """One micro-step as `step_rows` calls it, on rows where they lie."""
+    mode = resolve_rounding(step.rounding.mode, param.dtype)
+    kind = step.kinds[0]
+    call = SignRows(
+        param,
+        grad,
+        state["exp_avg"],
+        rows,
+        factors if folded else factors * beta,
+        compensation=state["compensation"] if mode == "kahan" else None,
+        row=param.shape[-1] if kind == "embedding" else 0,
+        decayed=kind in DECAYED,
+    )
+    numbers = {
+        "lr": step.lr,
+        "gain": step.gain,
+        "weight_decay": step.weight_decay,
+        "vector_scale": step.vector_scale,
+        "rms_floor": step.rms_floor,
+    }
+    call.step_tiger(numbers, decay_vectors=step.decay_vectors, update=step.update, low=LowPrecision(mode))
 
 
 def tiger(

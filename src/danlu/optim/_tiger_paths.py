@@ -64,9 +64,10 @@ class TigerStep:
             "rounding": self.rounding.pick(indices),
         }
 
-    def is_row_wise(self, i: int) -> bool:
-        """Whether the step of some rows of tensor `i` is what the step of the tensor does to those rows."""
-        return self.kinds[i] != "matrix" and not (self.normalize_power and self.sign_power != 1.0)
+    def is_row_wise(self, i: int, param: Tensor) -> bool:
+        """Whether the step of some rows of `param`, tensor `i`, is what its step does to those rows."""
+        one_scale = self.kinds[i] == "matrix" or (self.kinds[i] == "embedding" and param.ndim < 2)
+        return not one_scale and not (self.normalize_power and self.sign_power != 1.0)
 
     def decay_of(self, kind: Kind) -> float:
         """Weight decay of a tensor of this kind."""

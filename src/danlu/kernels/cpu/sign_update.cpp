@@ -25,8 +25,9 @@ struct TigerNumbers {
   int32_t update, decay_vectors;
 };
 
+// `decay` is what the momenta are multiplied by first; null means 1.
 template <class P, class M, Mode mode>
-void lion_step(const Columns& c, const LionNumbers& o) {
+void lion_step(const Columns& c, const double* decay, const LionNumbers& o) {
   using F = arithmetic<P>;
   const F near = o.near, far = o.far, lr = o.lr, wd = o.weight_decay;
   std::vector<uint8_t> good(1);
@@ -48,13 +49,20 @@ void lion_step(const Columns& c, const LionNumbers& o) {
     Key key{0, 0};
     if (mode == stochastic) key = make_key(o.seed, o.step, static_cast<uint32_t>(c.number[x.tensor]));
     int64_t count = x.end - x.begin;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      F grad = load(g[i]), momentum = load(m[i]), theta = read<P, mode>(p, k, i);
+    auto element = [&](int64_t i, F momentum) {
+      F grad = load(g[i]), theta = read<P, mode>(p, k, i);
       F u = lerp(momentum, grad, near);
       F sign = F(u > 0) - F(u < 0);
       store(m[i], lerp(momentum, grad, far));
       write<P, mode>(p, k, i, theta - lr * (sign + wd * theta), key, x.begin);
+    };
+    if (decay && decay[x.tensor] != 1) {
+      const F keep = decay[x.tensor];
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) element(i, keep * load(m[i]));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) element(i, load(m[i]));
     }
   };
   two_rounds(c.n, c.numel, nullptr, o.threads, o.guard, check, combine, step);
@@ -142,6 +150,31 @@ void tiger_step(const Columns& c, const double* decay, const uint8_t* decayed, c
   two_rounds(c.n, c.numel, c.row, o.threads, true, check, combine, step);
 }
 
+// Which rows of a contiguous table hold an element other than 0; returns whether every element is finite.
+template <class T>
+bool find_rows(const T* table, int64_t rows, int64_t width, int threads, uint8_t* found) {
+  using F = arithmetic<T>;
+  int64_t size = PIECE / width > 0 ? PIECE / width : 1, count = (rows + size - 1) / size;
+  std::atomic<bool> finite{true};
+  spread(count, threads, [&](int64_t piece) {
+    F poison = 0;
+    int64_t end = (piece + 1) * size < rows ? (piece + 1) * size : rows;
+    for (int64_t row = piece * size; row < end; ++row) {
+      const T* x = table + row * width;
+      F seen = 0;
+#pragma omp simd reduction(+ : poison, seen)
+      for (int64_t i = 0; i < width; ++i) {
+        F value = load(x[i]);
+        poison += value * F(0);
+        seen += F(value != 0);
+      }
+      found[row] = seen != 0;
+    }
+    if (poison != F(0)) finite = false;
+  });
+  return finite;
+}
+
 enum Dtype { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // Calls step.template operator()<P, M, mode>() for the dtypes of parameter and momentum; false if there is none.
@@ -166,9 +199,9 @@ bool dispatch(int p, int m, int mode, const Step& step) {
 
 }  // namespace
 
-extern "C" int danlu_lion(int p, int m, const Columns* columns, const LionNumbers* numbers) {
+extern "C" int danlu_lion(int p, int m, const Columns* columns, const double* decay, const LionNumbers* numbers) {
   return dispatch(p, m, numbers->mode,
-                  [&]<class P, class M, Mode mode>() { lion_step<P, M, mode>(*columns, *numbers); });
+                  [&]<class P, class M, Mode mode>() { lion_step<P, M, mode>(*columns, decay, *numbers); });
 }
 
 extern "C" int danlu_tiger(int p, int m, const Columns* columns, const double* decay, const uint8_t* decayed,
@@ -176,4 +209,12 @@ extern "C" int danlu_tiger(int p, int m, const Columns* columns, const double* d
   return dispatch(p, m, numbers->mode, [&]<class P, class M, Mode mode>() {
     tiger_step<P, M, mode>(*columns, decay, decayed, *numbers);
   });
+}
+
+extern "C" int danlu_find_rows(int dtype, const void* table, int64_t rows, int64_t width, int threads, uint8_t* found) {
+  auto find = [&]<class T>(const T* x) { return find_rows(x, rows, width, threads, found); };
+  if (dtype == f32) return find(static_cast<const float*>(table));
+  if (dtype == f64) return find(static_cast<const double*>(table));
+  if (dtype == bf16) return find(static_cast<const bfloat16*>(table));
+  return find(static_cast<const float16*>(table));
 }
