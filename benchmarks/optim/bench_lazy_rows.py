@@ -2,8 +2,8 @@
 
 V = 50000 rows of d = 512 float32 elements, 2000 of them touched; one thread, all candidates interleaved in one process
 on tables of their own, which leaves every table out of the caches when its turn comes; a second pair of numbers has the
-plain and the sparse step repeated alone. The floors are the bytes that a step must move, 20 per touched element and 4 per element of a
-dense gradient that must be searched, over the bandwidth that torch's fused SGD with momentum reaches.
+plain and the sparse step repeated alone. The floors are the bytes that a step must move, 20 per touched element and 4
+per element of a dense gradient that must be searched, over the bandwidth that torch's fused SGD with momentum reaches.
 """
 
 import sys
