@@ -423,6 +423,34 @@ def test_autocast_to_float16_is_switched_off_for_the_penalty():
     assert seen[-1] == torch.bfloat16
 
 
+@pytest.mark.parametrize("central", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_autocast_around_a_finite_difference_does_not_serve_casts_of_other_weights(central, in_place):
+    """The casts of the first pass would make both passes equal and the gradient of the penalty zero."""
+    x, y = batch(torch.float32)
+    found = []
+    for around in (False, True):
+        model = mlp(torch.float32)
+        options = {"method": "finite_difference", "radius": 0.5, "central": central}
+
+        def closure(model=model, around=around) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=around):
+                return F.cross_entropy(model(x).float(), y, reduction="none")
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around, cache_enabled=around):
+            if in_place:
+                GradientPenalty(model, parameter=1.0, **options).backward(closure)
+            else:
+                penalty = parameter_gradient_penalty(closure, model, **options)[1]
+            after = closure().detach()
+        if not in_place:
+            penalty.backward()
+        assert torch.equal(after, closure())
+        found.append([param.grad for param in model.parameters()])
+    assert all(one.abs().sum() > 0 for one in found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def sharded_linear() -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor

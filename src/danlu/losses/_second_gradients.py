@@ -199,7 +199,8 @@ class ShiftedParameters:
     """Parameters moved along a direction for a while, and restored, bit for bit if `exact`.
 
     They are changed in place, since sharded and compiled models hold on to the memory of their parameters, and through
-    `data`, since graphs that saved them find them unchanged in the end.
+    `data`, since graphs that saved them find them unchanged in the end. Autocast remembers its casts of parameters by
+    their identity, not their values, so that it must forget them after every change.
     """
 
     def __init__(self, params: Sequence[Tensor], *, exact: bool = True) -> None:
@@ -212,6 +213,7 @@ class ShiftedParameters:
                 param.data.add_(step * length)
             else:
                 param.data.addcmul_(step, length.to(param))
+        torch.clear_autocast_cache()
 
     @contextmanager
     def moved(self, direction: Sequence[Tensor], length: Tensor) -> Iterator[None]:
@@ -225,6 +227,7 @@ class ShiftedParameters:
             else:
                 for param, value in zip(self._params, self._values, strict=True):
                     param.data.copy_(value)
+                torch.clear_autocast_cache()
 
 
 class PreparedGradients(torch.autograd.Function):
