@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 import danlu.attention as attention
 import danlu.losses as losses
@@ -31,6 +33,7 @@ class Operation:
             spacing at 1; the inputs alone are rounded by half of one.
         whole_graph: empty if `torch.compile(fullgraph=True)` takes it, else the reason why not, which is tested.
         positive: whether the leaves are probabilities.
+        refusal: part of the error, which tells the remedy, if no compiled code may run it even in several graphs.
     """
 
     call: Callable[..., Tensor]
@@ -38,6 +41,7 @@ class Operation:
     tolerance: float = 8.0
     whole_graph: str = ""
     positive: bool = False
+    refusal: str = ""
 
 
 TARGET = torch.tensor([0, 2, -100, 6, 3, 5])
@@ -47,6 +51,46 @@ QKV = ((2, 4, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8))
 PADDING = torch.tensor([[True] * 6, [False] * 2 + [True] * 4])
 ROTARY = positions.RotaryEmbedding(8)
 CHUNKED = "the chunks are written in place, which a compiler cannot differentiate; it breaks the graph there"
+
+
+NET = nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
+SAMPLES = torch.linspace(-1, 2, 30).view(6, 5)
+LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
+SECOND = "compiled code has no second derivative: the call stays outside of it"
+FINITE = "a compiler does not trace gradients that are taken and parameters that move within; it breaks the graph there"
+
+
+def penalized(penalty, exact=True):
+    """A gradient penalty of a small network, whose weights are leaves, and its input if it is exact."""
+
+    def call(*leaves: Tensor) -> Tensor:
+        x, first, second = leaves if exact else (SAMPLES, *leaves)
+        # What the documentation says of float16: it is too narrow, compute this loss in float32.
+        narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.is_autocast_enabled("cpu") and not narrow):
+            return functional_call(
+                Penalized(penalty),
+                {"net.0.weight": first.float(), "net.2.weight": second.float()},
+                x.float() if narrow else x,
+            )
+
+    return Operation(
+        call,
+        ((6, 5), (8, 5), (3, 8))[not exact :],
+        whole_graph=SECOND if exact else FINITE,
+        tolerance=12.0,
+        refusal="penalize the uncompiled model" if exact else "",
+    )
+
+
+class Penalized(nn.Module):
+    def __init__(self, penalty):
+        super().__init__()
+        self.net = NET
+        self.penalty = penalty
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.penalty(self.net, lambda: F.cross_entropy(self.net(x).float(), LABELS, reduction="none"), x)
 
 
 def linear(loss):
@@ -63,6 +107,21 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "attention.rope_attention": Operation(
         lambda q, k, v: attention.rope_attention(q, k, v, key_padding_mask=PADDING), QKV
+    ),
+    "losses.GradientPenalty": penalized(
+        lambda net, loss, x: losses.GradientPenalty(net, input=0.1, parameter=0.1)(loss, x)
+    ),
+    "losses.input_gradient_penalty": penalized(lambda net, loss, x: losses.input_gradient_penalty(loss(), x)),
+    "losses.parameter_gradient_penalty": penalized(
+        lambda net, loss, x: losses.parameter_gradient_penalty(loss, net)[1]
+    ),
+    "losses.parameter_gradient_penalty:finite_difference": penalized(
+        # Passes in bfloat16 need a large step; gradients reach the weights only.
+        lambda net, loss, x: losses.parameter_gradient_penalty(loss, net, method="finite_difference", radius=0.5)[1],
+        exact=False,
+    ),
+    "losses.parameter_gradient_penalty:per_sample": penalized(
+        lambda net, loss, x: losses.parameter_gradient_penalty(loss, net, scope="per_sample")[1]
     ),
     "losses.CrossEntropy": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.CrossEntropy(0.1))),
     "losses.TaiLr": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.TaiLr(0.3, min_weight=0.2))),
@@ -86,13 +145,28 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 3))
 
 
-# Called with a model and options of the class.
+# Called with a model and options of the class; `:` sets off what else a class can be.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "optim.HybridOptimizer": lambda net: optim.HybridOptimizer(
         net, {"embedding": (torch.optim.AdamW, {"lr": 0.01}), "default": (optim.Tiger, {"lr": 0.01})}
     ),
+    "optim.Amos": lambda net, **options: optim.Amos(net, lr=0.05, **options),
+    "optim.Amos:momentum": lambda net, **options: optim.Amos(net, lr=0.05, momentum=0.9, **options),
+    "optim.EGSGD": lambda net, **options: optim.EGSGD(net.parameters(), lr=0.1, **options),
+    "optim.EGStepSize": lambda net, **options: optim.EGStepSize("sgdm", net.parameters(), lr=0.05, **options),
+    "optim.EGStepSize:adam": lambda net, **options: optim.EGStepSize("adam", net.parameters(), lr=0.01, **options),
+    "optim.EGStepSize:wrapped": lambda net, **options: optim.EGStepSize(
+        torch.optim.AdamW(net.parameters(), lr=0.01), **options
+    ),
+    "optim.ExponentiatedGradient": lambda net, **options: optim.ExponentiatedGradient(
+        net.parameters(), lr=0.1, mode="signed", **options
+    ),
+    "optim.FoldedAdamW": lambda net, **options: optim.FoldedAdamW(net.parameters(), lr=0.01, **options),
     "optim.Lion": lambda net, **options: optim.Lion(optim.parameter_groups(net, weight_decay=0.1), lr=0.01, **options),
     "optim.Tiger": lambda net, **options: optim.Tiger(net, lr=0.01, **options),
+    "optim.UpdateNormalized": lambda net, **options: optim.UpdateNormalized(
+        torch.optim.Adam(net.named_parameters(), lr=1.0), alpha0=0.05, sigma="rms", **options
+    ),
 }
 
 EXEMPT: dict[str, str] = {
@@ -111,7 +185,28 @@ EXEMPT: dict[str, str] = {
     "flows.steepest_direction": "one formula per norm in the dtype of its input; tested for its dtypes with the family",
     "diagnostics.EmbeddingHealth": "a record",
     "diagnostics.embedding_health": "a diagnostic in float64 without gradients; half tables in its tests",
+    "diagnostics.Emergence": "a record",
+    "diagnostics.GradientPenaltyBound": "a record",
+    "diagnostics.JointFit": "a record",
+    "diagnostics.MultitaskSparseParity": "draws bits and labels, integers; its scores are without gradients",
+    "diagnostics.PowerLawFit": "a record",
+    "diagnostics.QuantaModel": "a closed formula of Python numbers, without an input that autocast could touch",
+    "diagnostics.QuantaRelation": "a record",
+    "diagnostics.ScalingExponents": "a record",
+    "diagnostics.TaskScores": "a record",
+    "diagnostics.check_quanta_relation": "compares two fits, Python numbers",
+    "diagnostics.fit_joint": "a fit in float64 of measured numbers, without a gradient",
+    "diagnostics.fit_power_law": "a fit in float64 of measured numbers, without a gradient",
+    "diagnostics.gradient_penalty_bound": "both sides of an inequality, computed without a graph; a diagnostic",
+    "diagnostics.learning_times": "reads a table of losses after training, without a gradient",
     "optim.Rounding": "how an optimizer writes back half parameters; its own dtypes are those of test_rounding.py",
+    "optim.amos": "the function behind Amos: it updates in place and has no gradient; run through the class",
+    "optim.amos_scales": "reads the kinds of modules, Python numbers",
+    "optim.amos_strategy": "builds a given optimizer or UpdateNormalized; computes no step itself",
+    "optim.equivalent_beta": "a formula of Python numbers",
+    "optim.folded_adamw": "the function behind FoldedAdamW: it updates in place; run through the class",
+    "optim.inverse_square": "a schedule, Python numbers only",
+    "optim.inverse_time": "a schedule, Python numbers only",
     "optim.lion": "the function behind Lion: it updates in place and has no gradient; run through the class",
     "optim.parameter_groups": "sorts parameters, computes nothing",
     "optim.piecewise_linear": "a schedule, Python numbers only",
