@@ -2,12 +2,12 @@
 
 import json
 import math
-import time
 
 import pytest
 import torch
 from torch import nn
 
+import danlu.precision._report as report_module
 from danlu.precision import ModeReport, PrecisionReport, TrainStep, precision_report
 from danlu.precision._probe import MemoryPeak, largest_activations, parameter_gradients, underflow
 
@@ -81,41 +81,45 @@ def test_losses_are_those_of_a_plain_loop_and_probes_leave_no_trace():
     assert report.modes["fp32"].losses == tuple(expected)
 
 
-def test_speed_up_and_break_even_of_known_times():
-    """A model that takes 60 ms in float32, and under autocast 20 ms after a first call of 300 ms."""
+class Clock:
+    """Stands for the module `time`; models let it go on."""
 
-    class Timed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(8, 4)
-            self.calls = 0
+    def __init__(self):
+        self.now = 0.0
 
-        def forward(self, x):
-            half = torch.is_autocast_enabled("cpu")
-            # The probe of the first step is the first call.
-            self.calls += 1
-            time.sleep(0.3 if half and self.calls == 2 else 0.02 if half else 0.06)
-            return self.linear(x)
-
-    one = precision_report(maker(Timed), BATCHES, modes=("bf16",), steps=6).modes["bf16"]
-    assert one.speed_up == pytest.approx(3.0, rel=0.3)
-    assert one.first_step_seconds == pytest.approx(0.3, abs=0.1)
-    assert one.break_even == pytest.approx((0.3 - 0.06) / 0.04, abs=3)
+    def perf_counter(self):
+        return self.now
 
 
-def test_a_mode_that_is_not_faster_never_breaks_even():
-    class Slow(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(8, 4)
+def test_speed_up_and_break_even_of_known_times(monkeypatch):
+    """6 seconds in float32; under autocast 2 after a first call of 30, or 8 where it is slower."""
+    clock = Clock()
+    monkeypatch.setattr(report_module, "time", clock)
 
-        def forward(self, x):
-            time.sleep(0.02 if torch.is_autocast_enabled("cpu") else 0.0)
-            return self.linear(x)
+    def build(half_seconds, first_seconds):
+        class Timed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(8, 4)
+                self.calls = 0
 
-    report = precision_report(maker(Slow), BATCHES, modes=("bf16",), steps=4)
-    assert report.modes["bf16"].break_even == math.inf
-    assert "never" in str(report)
+            def forward(self, x):
+                # The probe of the first step is the first call.
+                self.calls += 1
+                half = torch.is_autocast_enabled("cpu")
+                clock.now += (first_seconds if self.calls == 2 else half_seconds) if half else 6.0
+                return self.linear(x)
+
+        return Timed
+
+    fast = precision_report(maker(build(2.0, 30.0)), BATCHES, modes=("bf16",), steps=6).modes["bf16"]
+    assert (fast.step_seconds, fast.speed_up, fast.first_step_seconds) == (2.0, 3.0, 30.0)
+    # 24 seconds more at first, 4 less in every step.
+    assert fast.break_even == 6.0
+    slow = precision_report(maker(build(8.0, 8.0)), BATCHES, modes=("bf16",), steps=4)
+    assert slow.modes["bf16"].speed_up == 0.75
+    assert slow.modes["bf16"].break_even == math.inf
+    assert "never" in str(slow)
 
 
 def test_underflow_is_counted_per_parameter():
