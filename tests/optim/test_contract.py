@@ -24,6 +24,7 @@ CLASSES = {
 }
 # The name of the option that decays the parameters.
 DECAY = {Amos: "extra_l2"}
+torch.manual_seed(0)
 optimizers = pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES.keys())
 SHAPES = {
     "scalar": torch.randn(()),

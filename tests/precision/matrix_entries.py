@@ -19,7 +19,7 @@ import danlu.optim as optim
 import danlu.positions as positions
 import danlu.simplex as simplex
 
-__all__ = ["EXEMPT", "OPERATIONS", "OPTIMIZERS", "Operation"]
+__all__ = ["EXEMPT", "OPERATIONS", "OPTIMIZERS", "WHOLE_STEPS", "Operation"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
         torch.optim.Adam(net.named_parameters(), lr=1.0), alpha0=0.05, sigma="rms", **options
     ),
 }
+
+# Whose `step` is one graph. The others ask for numbers, build kernels, or go another way for a bad gradient: a compiler
+# breaks the graph there.
+WHOLE_STEPS = {"optim.FoldedAdamW"}
 
 EXEMPT: dict[str, str] = {
     "flows.Entropy": "a term of WassersteinFlow",

@@ -2,7 +2,8 @@
 
 The rows are the families' `__all__`, whatever they hold: a new name without an entry in `matrix_entries.py` fails.
 Tested of optimizers: an overflow step of a `GradScaler` leaves parameters and state bit for bit as they were, training
-goes on after it, and gradients of a compiled model under autocast serve them. Their `step` itself is not compiled.
+goes on after it, and gradients of a compiled model serve them. A compiled `step` gives the numbers of the eager one; it
+is one graph for those of `WHOLE_STEPS`, and tested not to be for the others.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix_entries import EXEMPT, OPERATIONS, OPTIMIZERS, model
+from matrix_entries import EXEMPT, OPERATIONS, OPTIMIZERS, WHOLE_STEPS, model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -123,8 +124,19 @@ def test_scaler_skips_the_overflow_and_goes_on(name):
     assert not all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
-@operations
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def compilations() -> list:
+    """Every operation in float32 and bf16; what is traced in parts takes long, and what is refused is so in any."""
+    found = []
+    for name, operation in sorted(OPERATIONS.items()):
+        marks = [pytest.mark.slow] if ":" in name else []
+        found.append(pytest.param(name, "fp32", id=f"fp32-{name}", marks=marks))
+        if not operation.refusal:
+            marks = [pytest.mark.slow] if operation.whole_graph else []
+            found.append(pytest.param(name, "bf16", id=f"bf16-{name}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("name", "precision"), compilations())
 def test_compiles_as_one_graph_to_the_same_numbers(name, precision):
     """Forward and backward traced by dynamo and AOT autograd, in float32 and under autocast."""
     operation, leaves = OPERATIONS[name], leaves_of(name)
@@ -184,12 +196,13 @@ def token_loss(net, step: int, dtype=None) -> Tensor:
 
 
 def contents(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All tensors of the state, and the numbers of the groups as one."""
-    held = [
-        value.clone() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
-    ]
-    numbers = [float(v) for g in optimizer.param_groups for v in g.values() if isinstance(v, int | float)]
-    return [*held, torch.tensor(numbers, dtype=torch.float64)]
+    """All tensors of the state, also of an inner optimizer's, and the numbers of state and groups as one."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    values += [value for group in optimizer.param_groups for value in group.values()]
+    held = [value.clone() for value in values if isinstance(value, Tensor)]
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    inner = getattr(optimizer, "inner", None)
+    return [*held, torch.tensor(numbers, dtype=torch.float64), *([] if inner is None else contents(inner))]
 
 
 @optimizers
@@ -215,6 +228,8 @@ def paths() -> list:
         for options in ({}, {"foreach": True}, {"foreach": False}, {"fused": True}):
             if name.endswith(":wrapped") and options:
                 continue  # They belong to the inner optimizer.
+            if name.endswith(":adam") and "fused" in options:
+                continue  # There is no compiled step for it, which it says.
             if options.keys() <= inspect.signature(PUBLIC[name.partition(":")[0]]).parameters.keys():
                 label = "-".join([name, *(f"{key}={value}" for key, value in options.items())])
                 # Built by the C++ compiler at its first use.
@@ -262,3 +277,39 @@ def test_optimizer_takes_gradients_of_a_compiled_model(name):
         found.append([p.detach().clone() for p in net.parameters()])
     for first, second in zip(*found, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def compiled_steps(name: str, **options) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and state after some eager steps, and after the same ones compiled."""
+    found = []
+    for compiled in (False, True):
+        net = model()
+        optimizer = OPTIMIZERS[name](net)
+        torch._dynamo.reset()
+
+        def update(optimizer=optimizer) -> None:
+            optimizer.step()
+
+        step = torch.compile(update, backend="aot_eager", **options) if compiled else update
+        for index in range(3):
+            optimizer.zero_grad()
+            token_loss(net, index).backward()
+            step()
+        held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        found.append([tensor.detach().clone() for tensor in (*net.parameters(), *held)])
+    return found[0], found[1]
+
+
+@optimizers
+def test_step_as_one_graph(name):
+    if name not in WHOLE_STEPS:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            compiled_steps(name, fullgraph=True)
+        return
+    torch.testing.assert_close(*compiled_steps(name, fullgraph=True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@optimizers
+def test_compiled_step_gives_the_same_numbers(name):
+    torch.testing.assert_close(*compiled_steps(name), rtol=1e-5, atol=1e-6)
