@@ -94,6 +94,32 @@ def test_float32_equals_the_plain_loop_bit_for_bit():
     assert same(values(first), values(second))
 
 
+@pytest.mark.parametrize("outer", [False, True])
+def test_bf16_equals_the_plain_loop_bit_for_bit(outer):
+    """Without the cache of casts, which must not serve the weights of the step before, whatever is around it."""
+    found = []
+    for plain in (True, False):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        step = TrainStep(model, square_loss, optimizer, precision="bf16")
+        losses = []
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer, cache_enabled=not plain):
+            for index in range(5):
+                if plain:
+                    optimizer.zero_grad()
+                    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+                        loss = square_loss(model, inputs(index)).float()
+                    with torch.autocast("cpu", enabled=False):
+                        loss.backward()
+                        optimizer.step()
+                else:
+                    loss, _ = step(inputs(index))
+                losses.append(float(loss.detach()))
+        found.append((losses, values(model)))
+    assert found[0][0] == found[1][0]
+    assert same(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("loss_scale", [None, 1000.0, "dynamic"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_scale_times_accumulation_times_clip(precision, loss_scale):
