@@ -39,7 +39,7 @@ TRIAL = Trial(
     sizes={
         "ci": Budget(steps=20, seeds=3, grid=2, options={"width": 32, "context": 32, "batch_size": 8, "windows": 16}),
         "demo": Budget(steps=300, seeds=5, options={"batch_size": 16}),
-        "report": Budget(steps=1000, seeds=8, options={"context": 128, "batch_size": 16}),
+        "report": Budget(steps=800, seeds=5, options={"batch_size": 16}),
         "gpu": Budget(
             steps=5000,
             seeds=5,
