@@ -103,7 +103,7 @@ def gradient_flow(
     Definition:
         With $h$ the step,
         $$\text{euler:}\quad x_{k+1} = x_k - h\,\nabla f(x_k) \qquad
-        \text{implicit:}\quad x_{k+1} = \arg\min_x f(x) + \frac{\lVert x - x_k\rVert^2}{2h}$$
+        \text{implicit:}\quad x_{k+1} = \operatorname{argmin}_x f(x) + \frac{\lVert x - x_k\rVert^2}{2h}$$
         and "rk4", "rk45" the classical and the Dormand-Prince Runge-Kutta methods. "euler" is gradient descent with
         learning rate $h$, "implicit" the proximal point method, of which every step decreases $f$ whatever $h$ is.
 

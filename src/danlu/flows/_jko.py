@@ -41,7 +41,7 @@ def jko_step(
     r"""Particles after one proximal step of length `tau` in the Wasserstein metric.
 
     Definition:
-        $$q_{k+1} = \arg\min_q \frac{W_2^2(q, q_k)}{2\tau} + F[q]$$
+        $$q_{k+1} = \operatorname{argmin}_q \frac{W_2^2(q, q_k)}{2\tau} + F[q]$$
         "1d": in one dimension the optimal coupling is that of the order, so with sorted $x$ and weights $w$
         $$\min_{y_1 < \dots < y_N} \sum_i w_i\left[\frac{(y_i - x_i)^2}{2\tau} + V(y_i)\right]
         - T\sum_i \bar w_i \log\frac{y_{i+1} - y_i}{\bar w_i}, \qquad \bar w_i = \tfrac12(w_i + w_{i+1})$$

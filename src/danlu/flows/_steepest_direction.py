@@ -22,7 +22,7 @@ def steepest_direction(g: Tensor, norm: Norm, *, metric: Tensor | None = None) -
     r"""Unit vector along which the linear function with gradient `g` rises fastest.
 
     Definition:
-        $$d^* = \arg\max_{\|d\| = 1} \langle g, d\rangle$$
+        $$d^* = \operatorname{argmax}_{\|d\| = 1} \langle g, d\rangle$$
         with $g$ = `g` and the norm
 
         | `norm` | $\lVert d\rVert$ | $d^*$ | descent along $-d^*$ |

@@ -12,7 +12,7 @@ def mask_value(dtype: torch.dtype) -> float:
     r"""The most negative finite number of a dtype, for scores that a softmax must not see.
 
     Definition:
-        $$\text{mask\_value} = -x_{\max}(\text{dtype})$$
+        $$m = -x_{\max}(\text{dtype})$$
         such as $-65504$ for float16 and about $-3.4\cdot10^{38}$ for bfloat16 and float32. For use as
         `scores.masked_fill(hidden, mask_value(scores.dtype))`.
 
