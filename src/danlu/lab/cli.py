@@ -241,18 +241,29 @@ def _print(outcomes: list[Outcome], as_json: bool, report: Path | None) -> None:
         typer.echo(f"report: {report.resolve()}")
 
 
+# Arms that fit beside each other on a terminal of 80 columns; more of them become rows.
+_COLUMNS = 6
+
+
 def _arms(outcome: Outcome) -> Table:
-    """What was measured of every arm, one row per metric: the numbers behind the comparisons, and the costs."""
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("  metric", no_wrap=True)
-    for arm in outcome.arms:
-        table.add_column(arm.name, justify="right", overflow="fold")
+    """What was measured of every arm: the numbers behind the comparisons, and the costs."""
     # In the order of the arm that has most of them; one may lack what does not apply to it.
     fullest = sorted(outcome.arms, key=lambda arm: -len(arm.metrics))
-    for metric in dict.fromkeys(metric for arm in fullest for metric in arm.metrics):
-        table.add_row(f"  {metric}", *(_mean(arm.metrics.get(metric, {}).values()) for arm in outcome.arms))
-    seconds = ([cost.seconds for cost in arm.costs.values()] for arm in outcome.arms)
-    table.add_row("  seconds_per_fit", *map(_mean, seconds))
+    rows = {
+        metric: [_mean(arm.metrics.get(metric, {}).values()) for arm in outcome.arms]
+        for metric in dict.fromkeys(metric for arm in fullest for metric in arm.metrics)
+    }
+    rows["seconds_per_fit"] = [_mean(cost.seconds for cost in arm.costs.values()) for arm in outcome.arms]
+    names = [arm.name for arm in outcome.arms]
+    corner = "  metric"
+    if len(names) > _COLUMNS:
+        corner, names, rows = "  arm", list(rows), dict(zip(names, zip(*rows.values(), strict=True), strict=True))
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column(corner, no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for name, cells in rows.items():
+        table.add_row(f"  {name}", *cells)
     return table
 
 
