@@ -1,4 +1,4 @@
-r"""One proximal step, $\operatorname{argmin}_y f(y) + \lVert y - x\rVert^2 / 2h$, by Newton's method with conjugate gradients."""
+r"""One proximal step, $\operatorname{argmin}_y f(y) + \lVert y - x\rVert^2 / 2h$, by Newton and conjugate gradients."""
 
 import math
 from collections.abc import Callable
