@@ -30,7 +30,7 @@ bench: $(VENV)/.test
 data: $(VENV)/.lab
 	$(BIN)/python -m danlu.lab.data
 
-# The evidence that the documentation shows: every trial at report size (about half an hour on two cores).
+# The evidence that the documentation shows: every trial at report size (about an hour on two cores).
 results: $(VENV)/.lab
 	$(BIN)/python docs/results.py
 
