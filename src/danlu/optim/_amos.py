@@ -28,7 +28,7 @@ from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfin
 from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
 from danlu.optim._param_groups import KINDS, kind_by_shape, parameter_groups
 from danlu.optim._rounding import Rounding, RoundingMode
-from danlu.optim._state import add_compensation, group_rounding
+from danlu.optim._state import add_compensation, group_rounding, restore_state_tensors
 from danlu.optim._traversal import compute_dtype, pick, plan
 
 __all__ = ["Amos", "amos"]
@@ -211,7 +211,7 @@ class Amos(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes that were saved."""
         super().load_state_dict(state_dict)
-        own_state(self, state_dict)
+        restore_state_tensors(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
@@ -427,21 +427,6 @@ def amos(
             update = {"loop": single_tensor_amos, "blocks": blocked_amos, "bucket": multi_tensor_amos}[path]
             writers = [few.of(i, param.dtype) for i, param in enumerate(chosen[0])]
             update(*chosen, counts, writers, etas, numbers)
-
-
-def own_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """After loading: copies of the tensors, in the dtypes that were saved.
-
-    torch casts floating-point state to the dtype of its parameter, which loses digits.
-    """
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for number, param in zip(numbers, params, strict=True):
-        saved = state_dict["state"].get(number, {})
-        for name, value in optimizer.state.get(param, {}).items():
-            if isinstance(value, Tensor):
-                source = saved[name] if name in saved and saved[name].dtype != value.dtype else value
-                optimizer.state[param][name] = source.detach().to(value.device).clone()
 
 
 def _reduced_zeros(param: Tensor, reduce: Reduce, dtype: torch.dtype) -> Tensor:

@@ -16,12 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
 from danlu._common.checks import check_choice, check_integer, check_real
-from danlu.optim._amos import Amos, own_state
+from danlu.optim._amos import Amos
 from danlu.optim._lion import Lion
 from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import as_float, check_gradients, check_lr
 from danlu.optim._param_groups import DECAYED, Kind, kind_by_shape, parameter_groups
 from danlu.optim._schedules import inverse_square, inverse_time
+from danlu.optim._state import restore_state_tensors
 from danlu.optim._tiger import Tiger
 from danlu.optim._traversal import compute_dtype
 
@@ -236,7 +237,7 @@ class UpdateNormalized(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, also into the inner optimizer; both own copies of its tensors."""
         super().load_state_dict(state_dict)
-        own_state(self, state_dict)
+        restore_state_tensors(self, state_dict)
         self.inner.state = self.state
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from danlu._common.checks import check_integer
 from danlu.optim._folded_adamw import check_numbers, folded_adamw
 from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import check_beta, check_gradients, check_shared_options
+from danlu.optim._state import restore_state_tensors
 
 __all__ = ["FoldedAdamW", "equivalent_beta"]
 
@@ -187,13 +188,7 @@ class FoldedAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes in which they were saved."""
         super().load_state_dict(state_dict)
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for key, param in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    # torch casts floating-point state to the dtype of the parameter.
-                    self.state[param][name] = value.detach().to(param.device, copy=True)
+        restore_state_tensors(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]

@@ -41,13 +41,13 @@ def group_rounding(
 def restore_state_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """After `load_state_dict`: own copies of the state tensors, in the dtypes in which they were saved.
 
-    torch casts them to the dtype of the parameter, which would round the float32 momentum of a bfloat16 parameter.
+    torch casts them to the dtype of the parameter, which would round the float32 state of a bfloat16 parameter.
     """
     saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for identity, param in zip(saved, params, strict=True):
         for name, value in state_dict["state"].get(identity, {}).items():
-            if isinstance(value, Tensor) and value.ndim > 0:
+            if isinstance(value, Tensor):
                 optimizer.state[param][name] = value.detach().to(param.device, copy=True)
 
 

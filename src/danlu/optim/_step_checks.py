@@ -1,17 +1,15 @@
-"""Checks, restoring and gathering that the optimizers by exponentiated gradients share."""
+"""Checks and gathering that the optimizers by exponentiated gradients share."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from danlu._common.checks import check_choice, check_real
 from danlu.optim._nonfinite import parameter_name, raise_if_nonfinite
 from danlu.optim._options import check_gradients, check_lr
 
-__all__ = ["check_common", "check_real_gradients", "plain", "raise_where_wanted", "restore"]
+__all__ = ["check_common", "check_real_gradients", "plain", "raise_where_wanted"]
 
 _NONFINITE = ("skip", "raise", "off")
 
@@ -45,19 +43,6 @@ def raise_where_wanted(param_groups: Sequence[Mapping[str, Any]], everywhere: st
             if param.grad is not None
         }
     )
-
-
-def restore(optimizer: Optimizer, saved: Mapping[Any, Any], saved_groups: Sequence[Mapping[str, Any]]) -> None:
-    """After `load_state_dict`: own copies of the state tensors in the dtypes in which they were saved.
-
-    torch casts them to the dtype of the parameter, which would round the float32 state of a bfloat16 parameter.
-    """
-    identities = chain.from_iterable(group["params"] for group in saved_groups)
-    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    for identity, param in zip(identities, params, strict=True):
-        for name, value in saved.get(identity, {}).items():
-            if isinstance(value, Tensor):
-                optimizer.state[param][name] = value.detach().to(param.device, copy=True)
 
 
 def plain(value: Tensor) -> Tensor:

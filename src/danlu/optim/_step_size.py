@@ -20,7 +20,8 @@ from danlu.optim._displacement import adapts, last_displacement, stretch
 from danlu.optim._gains import Item, Kind, Rule, adapt_scales, advance, check_range, items_of
 from danlu.optim._nonfinite import all_finite, event_counts, parameter_name
 from danlu.optim._options import as_float, check_beta
-from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted, restore
+from danlu.optim._state import restore_state_tensors
+from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
 
 __all__ = ["EGSGD", "EGStepSize"]
 
@@ -273,7 +274,7 @@ class EGStepSize(Optimizer):
         """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes in which they were saved."""
         if self.inner is None:
             super().load_state_dict(state_dict)
-            restore(self, state_dict["state"], state_dict["param_groups"])
+            restore_state_tensors(self, state_dict)
             return
         own: dict[Any, Any] = {}
         of_inner: dict[Any, Any] = {}
@@ -288,7 +289,7 @@ class EGStepSize(Optimizer):
         groups = state_dict["param_groups"]
         self.inner.load_state_dict({"state": {k: v for k, v in of_inner.items() if v != {}}, "param_groups": groups})
         super().load_state_dict({"state": kept, "param_groups": groups})
-        restore(self, kept, groups)
+        restore_state_tensors(self, {"state": kept, "param_groups": groups})
         self.param_groups = self.inner.param_groups
 
     @torch.no_grad()
@@ -446,7 +447,7 @@ class EGSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; the optimizer owns copies of its tensors."""
         super().load_state_dict(state_dict)
-        restore(self, state_dict["state"], state_dict["param_groups"])
+        restore_state_tensors(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
