@@ -59,8 +59,10 @@ def page(outcome: Outcome) -> str:
     lines += ["", "Means over the seeds, on test data:", "", f"| arm | {' | '.join(f'`{m}`' for m in metrics)} |"]
     lines.append("|---" * (len(metrics) + 1) + "|")
     for arm in outcome.arms:
-        means = [sum(arm.metrics[m].values()) / len(arm.metrics[m]) for m in metrics]
-        lines.append(f"| {arm.name} | {' | '.join(map(number, means))} |")
+        # An arm may lack a metric that does not apply to it.
+        found = [list(arm.metrics.get(m, {}).values()) for m in metrics]
+        cells = [number(sum(values) / len(values)) if values else "–" for values in found]
+        lines.append(f"| {arm.name} | {' | '.join(cells)} |")
     lines += [
         "",
         "| arm | chosen by tuning | seconds per fit | optimizer state, bytes per parameter |",
