@@ -160,7 +160,14 @@ OPTIMIZERS = {
         decay="",
         fused=False,
     ),
-    "FoldedAdamW": Entry(FoldedAdamW, AdamWOne, {"lr": 0.05}, {"lr": 0.03, "betas": (0.8, 0.99)}, fused=False),
+    "FoldedAdamW": Entry(
+        FoldedAdamW,
+        AdamWOne,
+        {"lr": 0.05},
+        {"lr": 0.03, "betas": (0.8, 0.99)},
+        {"rounding": "kahan"},
+        fused=False,
+    ),
 }
 CONFIGURATIONS = [
     (name, path, dtype, option)

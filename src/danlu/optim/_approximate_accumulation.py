@@ -19,7 +19,9 @@ from danlu._common.checks import check_integer
 from danlu.optim._folded_adamw import check_numbers, folded_adamw
 from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import check_beta, check_gradients, check_shared_options
-from danlu.optim._state import restore_state_tensors
+from danlu.optim._rounding import RoundingMode
+from danlu.optim._state import add_compensation, group_rounding, restore_state_tensors
+from danlu.optim._traversal import pick
 
 __all__ = ["FoldedAdamW", "equivalent_beta"]
 
@@ -92,6 +94,9 @@ class FoldedAdamW(Optimizer):
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: its moments stay as they are, and
             so does the tensor if this is the last micro-step. `"raise"`: `RuntimeError` that names the parameters; no
             tensor is changed. `"off"`: not looked for.
+        rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
+            None: stochastically for bfloat16, to nearest for float16.
+        seed: of stochastic rounding.
         foreach: True processes many tensors at once by `torch._foreach_*` calls, False one after the other; None is
             True on accelerators. DTensors and other subclasses always go one after the other.
         maximize: climb instead of descend.
@@ -107,8 +112,8 @@ class FoldedAdamW(Optimizer):
             a bad gradient with `nonfinite="raise"`.
 
     Numerics:
-        float16 and bfloat16 parameters are computed in float32 and rounded to nearest; their moments are float32, since
-        squares of gradients underflow in float16.
+        float16 and bfloat16 parameters are computed in float32 and rounded as `rounding` says; their moments are
+        float32, since squares of gradients underflow in float16.
 
     Cost:
         8 bytes of state per parameter, in all dtypes up to float32, and no buffer for accumulation: 8 bytes while
@@ -145,6 +150,8 @@ class FoldedAdamW(Optimizer):
         *,
         grad_accum_steps: int = 1,
         nonfinite: FoldedNonfinite = "skip",
+        rounding: RoundingMode | None = None,
+        seed: int = 0,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -155,6 +162,8 @@ class FoldedAdamW(Optimizer):
             "weight_decay": weight_decay,
             "grad_accum_steps": grad_accum_steps,
             "nonfinite": nonfinite,
+            "rounding": rounding,
+            "seed": seed,
             "foreach": foreach,
             "maximize": maximize,
             # The place in the accumulation cycle is part of the checkpoint, so it lives in the groups.
@@ -199,12 +208,18 @@ class FoldedAdamW(Optimizer):
                 loss = closure()
         check_gradients("FoldedAdamW", self.param_groups)
         self._check_step()
+        first = 0
         for group in self.param_groups:
             if group["micro_step"] == group["cycle_start"]:
                 group["cycle_length"] = group["grad_accum_steps"]
             group["micro_step"] += 1
             last = group["micro_step"] == group["cycle_start"] + group["cycle_length"]
-            params = [p for p in group["params"] if p.grad is not None or self.state.get(p, {}).get("folded", False)]
+            chosen = [
+                i
+                for i, p in enumerate(group["params"])
+                if p.grad is not None or self.state.get(p, {}).get("folded", False)
+            ]
+            params = pick(chosen, group["params"])
             for param in params:
                 state = self.state[param]
                 if not state:
@@ -212,6 +227,7 @@ class FoldedAdamW(Optimizer):
                     for name in ("exp_avg", "exp_avg_sq"):
                         state[name] = torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)
                     state["step"] = param.new_zeros((), dtype=torch.float32)
+                add_compensation(state, param, group)
                 if param not in self._nonfinite_counts:
                     self._nonfinite_counts[param] = param.new_zeros((), dtype=torch.int64)
             folded_adamw(
@@ -229,11 +245,15 @@ class FoldedAdamW(Optimizer):
                 update=last,
                 nonfinite="skip" if group["nonfinite"] == "skip" else "off",
                 nonfinite_counts=[self._nonfinite_counts[param] for param in params],
+                rounding=group_rounding(
+                    group, group["micro_step"], [first + i for i in chosen], [self.state[param] for param in params]
+                ),
                 foreach=group["foreach"],
                 maximize=group["maximize"],
             )
             for param in params:
                 self.state[param]["folded"] = not last
+            first += len(group["params"])
             if last:
                 group["cycle_start"] = group["micro_step"]
         return loss

@@ -14,8 +14,11 @@ from torch import Tensor
 from danlu._common.checks import check_choice, check_real
 from danlu.optim._nonfinite import finite_flags
 from danlu.optim._options import as_float, check_beta, check_lr
+from danlu.optim._rounding import Rounding, Writer, read, write
 
 __all__ = ["check_numbers", "folded_adamw"]
+
+_DEFAULT_ROUNDING = Rounding()
 
 
 def folded_adamw(
@@ -34,6 +37,7 @@ def folded_adamw(
     update: bool = True,
     nonfinite: Literal["skip", "off"] = "skip",
     nonfinite_counts: Sequence[Tensor] | None = None,
+    rounding: Rounding = _DEFAULT_ROUNDING,
     foreach: bool | None = None,
     maximize: bool = False,
 ) -> None:
@@ -59,6 +63,7 @@ def folded_adamw(
         nonfinite: as in the class.
         nonfinite_counts: one 0-d integer tensor per parameter, on its device, to which 1 is added when its gradient is
             not finite and `nonfinite="skip"`; None counts nothing.
+        rounding: how results are rounded into float16 and bfloat16 parameters.
         foreach: as in the class.
         maximize: as in the class.
 
@@ -115,12 +120,14 @@ def folded_adamw(
                 key = param.device, param.dtype, None if grad is None else grad.dtype, already[i]
                 buckets.setdefault(key, []).append(i)
             else:
-                call.one(param, grad, exp_avgs[i], exp_avg_sqs[i], steps[i], counts[i], already[i])
+                writer = rounding.of(i, param.dtype)
+                call.one(param, grad, exp_avgs[i], exp_avg_sqs[i], steps[i], counts[i], already[i], writer)
         for indices in buckets.values():
             columns = (params, exp_avgs, exp_avg_sqs, steps, counts)
             picked = ([column[i] for i in indices] for column in columns)
             gradients = [grad for i in indices if (grad := grads[i]) is not None]
-            call.many(gradients, *picked, folded=already[indices[0]])
+            writers = [rounding.of(i, params[i].dtype) for i in indices]
+            call.many(gradients, *picked, folded=already[indices[0]], writers=writers)
 
 
 class _Call:
@@ -149,6 +156,7 @@ class _Call:
         step: Tensor,
         count: Tensor,
         folded: bool,
+        writer: Writer | None,
     ) -> None:
         """The definition with plain operations, without reading a value back: the oracle of `many`."""
         finite = None
@@ -166,13 +174,13 @@ class _Call:
             if not folded:
                 step.add_(1 if finite is None else finite)
         if self.update:
-            theta = param.to(exp_avg.dtype)
+            theta = read(param, writer).to(exp_avg.dtype)
             # A cycle that began with a bad gradient is not counted; the first one is, lest it divide by zero.
             cycles = step.clamp(min=1).to(exp_avg.dtype)
             denominator = (exp_avg_sq / (1 - self.betas[1] ** cycles)).sqrt() + self.eps
             moved = theta * (1 - self.lr * self.weight_decay)
             moved = moved - exp_avg / (1 - self.betas[0] ** cycles) / denominator * self.lr
-            param.copy_(moved if finite is None else torch.where(finite, moved, theta))
+            write(param, moved if finite is None else torch.where(finite, moved, theta), writer)
 
     def many(
         self,
@@ -184,6 +192,7 @@ class _Call:
         counts: list[Tensor],
         *,
         folded: bool,
+        writers: list[Writer | None],
     ) -> None:
         """The same on tensors of one dtype and device, either all or none with a gradient."""
         dtype = exp_avgs[0].dtype
@@ -205,7 +214,7 @@ class _Call:
             elif not folded:
                 torch._foreach_add_(steps, 1)
         if self.update:
-            thetas = [param.to(dtype) for param in params]
+            thetas = [read(param, writer).to(dtype) for param, writer in zip(params, writers, strict=True)]
             cycles = [step.clamp(min=1).to(dtype) for step in steps]
             first, second = ([1 - beta**cycle for cycle in cycles] for beta in self.betas)
             denominators = torch._foreach_sqrt(torch._foreach_div(exp_avg_sqs, second))
@@ -215,7 +224,11 @@ class _Call:
             torch._foreach_sub_(moved, torch._foreach_mul(directions, self.lr))
             if finite is not None:
                 moved = [torch.where(f, new, old) for f, new, old in zip(finite, moved, thetas, strict=True)]
-            torch._foreach_copy_(params, moved)
+            if writers[0] is None:
+                torch._foreach_copy_(params, moved)
+            else:
+                for param, value, writer in zip(params, moved, writers, strict=True):
+                    write(param, value, writer)
 
 
 def check_numbers(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
