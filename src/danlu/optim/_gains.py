@@ -17,8 +17,10 @@ from torch import Tensor
 from danlu._common.checks import check_real
 from danlu.kernels.step_size import StepSizeNumbers, dtypes_supported, sgdm_step
 from danlu.optim._nonfinite import all_finite, is_finite
+from danlu.optim._rounding import Writer, read, write
+from danlu.optim._state import add_compensation, group_rounding
 from danlu.optim._step_checks import plain
-from danlu.optim._traversal import blocks, compute_dtype, kernel_test, plan, scratch, write_back
+from danlu.optim._traversal import blocks, compute_dtype, kernel_test, plan, rounded_blocks, scratch
 
 __all__ = [
     "Item",
@@ -65,13 +67,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of a step with its state and its counter of gradients that were not finite."""
+    """One tensor of a step with its state, its counter of gradients that were not finite, and how it is rounded."""
 
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
     count: Tensor | None
     rule: Rule
+    writer: Writer | None = None
 
 
 @dataclass(frozen=True)
@@ -136,17 +139,25 @@ def items_of(
     states: Mapping[Tensor, dict[str, Any]],
     counts: dict[Tensor, Tensor],
     log_scale: Tensor | None = None,
+    first: int | None = None,
 ) -> list[Item]:
-    """What a step works on: the parameters of a group that have gradients, with their states."""
+    """What a step works on: the parameters of a group that have gradients, with their states.
+
+    `first` is the number of the group's first parameter among all; None where another optimizer writes the parameters.
+    """
     items: list[Item] = []
-    for param in group["params"]:
+    for i, param in enumerate(group["params"]):
         if param.grad is None:
             continue
         _new_state(states[param], param, rule, log_scale)
         if param not in counts:
             # A plain tensor also for a DTensor: every process counts the same events.
             counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
-        items.append(Item(param, param.grad, states[param], counts[param], rule))
+        writer = None
+        if first is not None:
+            add_compensation(states[param], param, group)
+            writer = group_rounding(group, group["step"], [first + i], [states[param]]).of(0, param.dtype)
+        items.append(Item(param, param.grad, states[param], counts[param], rule, writer))
     return items
 
 
@@ -180,11 +191,17 @@ def _kernel(
 ) -> Callable[[int], bool] | None:
     """What tells which tensors the compiled step takes.
 
-    Without gains and scales it takes none: their step is then that of torch, bit for bit.
+    Without gains and scales it takes none: their step is then that of torch, bit for bit. It rounds to nearest only.
     """
     adapted = [item.rule.kind == "sgdm" and ("log_gain" in item.state or "log_scale" in item.state) for item in items]
     if not any(adapted):
         return None
+    nearest = [item.writer is None or item.writer.mode == "nearest" for item in items]
+    if fused and not all(nearest):
+        modes = sorted({item.writer.mode for item in items if item.writer is not None})
+        raise RuntimeError(
+            f"fused=True, but the kernel rounds low-precision parameters to nearest only, not by {modes}"
+        )
     states = [item.state["momentum_buffer"] for item in items]
     takes = kernel_test(
         "step_size",
@@ -197,7 +214,7 @@ def _kernel(
     )
     if takes is None:
         return None
-    taken = [item.param.numel() > 0 and adapted[i] and takes(i) for i, item in enumerate(items)]
+    taken = [item.param.numel() > 0 and adapted[i] and nearest[i] and takes(i) for i, item in enumerate(items)]
     chosen = [item for item, one in zip(items, taken, strict=True) if one]
     if shared and (len(_alike(chosen)) != 1 or len(chosen) < sum(item.param.numel() > 0 for item in items)):
         # One scale needs all inner products in one place.
@@ -326,16 +343,17 @@ def _move(item: Item, one: Measured) -> None:
     dtype, state = compute_dtype(item.param.dtype), item.state
     if one.finite is False:
         return
-    theta, grad = item.param.to(dtype, copy=True), item.grad.to(dtype)
+    before = read(item.param, item.writer)
+    theta, grad = before.clone(), item.grad.to(dtype)
     parts = {name: state[name].clone() for name in _ELEMENTWISE if name in state}
     step = state["step"] + 1 if "step" in state else None
     _move_(theta, grad, parts, item.rule, _Step.of(state, item.rule), None)
     finite = one.finite
     if isinstance(finite, Tensor):
-        theta = torch.where(finite, theta, item.param.to(dtype))
+        theta = torch.where(finite, theta, before)
         parts = {name: torch.where(finite, value, state[name]) for name, value in parts.items()}
         step = torch.where(finite, step, state["step"]) if step is not None else None
-    item.param.copy_(theta)
+    write(item.param, theta, item.writer)
     for name, value in parts.items():
         state[name].copy_(value)
     if step is not None:
@@ -347,10 +365,11 @@ def _move_blocks(item: Item, memory: dict[torch.dtype, Tensor]) -> None:
     dtype, state = compute_dtype(item.param.dtype), item.state
     names = [name for name in _ELEMENTWISE if name in state]
     step = _Step.of(state, item.rule)
-    for param_block, grad_block, *parts in blocks(item.param, item.grad, *(state[name] for name in names)):
-        theta = param_block.to(dtype)
+    tensors = (item.param, item.grad, *(state[name] for name in names))
+    for (param_block, grad_block, *parts), writer in rounded_blocks(tensors, item.writer):
+        theta = read(param_block, writer)
         _move_(theta, grad_block.to(dtype), dict(zip(names, parts, strict=True)), item.rule, step, memory)
-        write_back(param_block, theta)
+        write(param_block, theta, writer)
     if "step" in state:
         state["step"].add_(1)
 

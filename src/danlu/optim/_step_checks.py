@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from danlu._common.checks import check_choice, check_real
+from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._nonfinite import parameter_name, raise_if_nonfinite
 from danlu.optim._options import check_gradients, check_lr
+from danlu.optim._rounding import check_rounding
 
 __all__ = ["check_common", "check_real_gradients", "plain", "raise_where_wanted"]
 
@@ -21,6 +22,8 @@ def check_common(group: Mapping[str, Any]) -> None:
     for name in ("foreach", "maximize"):
         if not (isinstance(group[name], bool) or (name == "foreach" and group[name] is None)):
             raise TypeError(f"{name} must be a bool{' or None' * (name == 'foreach')}, got {group[name]!r}")
+    check_rounding(group.get("rounding"))
+    check_integer("seed", group.get("seed", 0), low=0)
 
 
 def check_real_gradients(name: str, param_groups: Sequence[Mapping[str, Any]]) -> None:

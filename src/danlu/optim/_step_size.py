@@ -20,6 +20,7 @@ from danlu.optim._displacement import adapts, last_displacement, stretch
 from danlu.optim._gains import Item, Kind, Rule, adapt_scales, advance, check_range, items_of
 from danlu.optim._nonfinite import all_finite, event_counts, parameter_name
 from danlu.optim._options import as_float, check_beta
+from danlu.optim._rounding import RoundingMode
 from danlu.optim._state import restore_state_tensors
 from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
 
@@ -79,10 +80,15 @@ class EGStepSize(Optimizer):
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: it and all of its state stay as
             they are for this step. `"raise"`: `RuntimeError` that names the parameters; no tensor is changed. `"off"`:
             not looked for. Around an optimizer, `"skip"` waits for the device once per step.
+        rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
+            None: stochastically for bfloat16, to nearest for float16. Around an optimizer: None, and
+            the stretched step is rounded to nearest.
+        seed: of stochastic rounding.
         foreach: None or True takes tensors on the CPU in cache-sized blocks, False one by one. Accelerators and
             DTensors always take plain operations.
         fused: None takes the compiled step of `"sgdm"` on the CPU where it can run, unless `foreach` is given; True
-            raises where it cannot; False never. `"adam"` and optimizers have none.
+            raises where it cannot; False never. `"adam"` and optimizers have none. It rounds low-precision parameters
+            to nearest only.
         maximize: climb instead of descend. Around an optimizer this is its own option.
 
     Returns:
@@ -97,14 +103,14 @@ class EGStepSize(Optimizer):
 
     Numerics:
         Gains and scales are kept as logarithms. The state of float16 and bfloat16 parameters is float32, and so is
-        their arithmetic; the parameter is rounded to nearest. Inner products that overflow leave the scale alone.
-        With both rates 0 every step is bit for bit that of `torch.optim.SGD(momentum)` or of
-        `torch.optim.AdamW` (same decay, not fused), or of the optimizer given.
+        their arithmetic; the parameter is rounded as `rounding` says. Inner products that overflow leave the scale
+        alone. With both rates 0 every step of wider parameters is bit for bit that of `torch.optim.SGD(momentum)` or
+        of `torch.optim.AdamW` (same decay, not fused), or of the optimizer given.
 
     Cost:
         12 bytes of state per float32 parameter for `"sgdm"` and `"adam"` (4 and 8 with `per_coordinate=False`), 8 more
         than its own for an optimizer. Memory traffic of `"sgdm"`: 36 bytes per parameter, and 8 for the inner products
-        where a tensor does not fit into the cache.
+        where a tensor does not fit into the cache. Kahan's compensation: 2 bytes per low-precision parameter.
 
     Differences:
         The authors' code multiplies the learning rate into the momentum, PyTorch's SGD into the step; the two agree
@@ -149,6 +155,8 @@ class EGStepSize(Optimizer):
         eps: float | None = None,
         weight_decay: float | None = None,
         nonfinite: StepSizeNonfinite = "skip",
+        rounding: RoundingMode | None = None,
+        seed: int | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
@@ -169,6 +177,8 @@ class EGStepSize(Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "rounding": rounding,
+            "seed": seed,
             "foreach": foreach,
             "fused": fused,
             "maximize": maximize,
@@ -201,12 +211,14 @@ class EGStepSize(Optimizer):
             "betas": (0.9, 0.999),
             "eps": 1e-8,
             "weight_decay": 0.0,
+            "seed": 0,
         }
         for name, value in fallbacks.items():
             if name in of_inner and of_inner[name] is None:
                 of_inner[name] = value
         self._kind = inner
-        defaults = {**of_inner, **own, "nonfinite": nonfinite}
+        # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
+        defaults = {**of_inner, **own, "nonfinite": nonfinite, "step": 0}
         _check_group(defaults, inner)
         super().__init__(params, defaults)
 
@@ -304,7 +316,12 @@ class EGStepSize(Optimizer):
         if self.inner is not None:
             self._wrapped_step(self.inner)
             return loss
-        batches = [self._items(group) for group in self.param_groups]
+        batches: list[list[Item]] = []
+        number = 0
+        for group in self.param_groups:
+            batches.append(self._items(group, number))
+            number += len(group["params"])
+            group["step"] += 1
         if self._shared:
             first = self.param_groups[0]
             items = list(chain.from_iterable(batches))
@@ -314,11 +331,11 @@ class EGStepSize(Optimizer):
                 advance(items, foreach=group["foreach"], fused=group["fused"], shared=False)
         return loss
 
-    def _items(self, group: Mapping[str, Any]) -> list[Item]:
+    def _items(self, group: Mapping[str, Any], number: int | None = None) -> list[Item]:
         rule = _rule(self._kind, group if self.inner is None else {**self.defaults, **group})
         scales = (state["log_scale"] for state in self.state.values() if "log_scale" in state)
         shared = next(scales, None) if self._shared else None
-        return items_of(group, rule, self.state, self._nonfinite_counts, shared)
+        return items_of(group, rule, self.state, self._nonfinite_counts, shared, number)
 
     def _wrapped_step(self, inner: Optimizer) -> None:
         """The inner optimizer's step, multiplied by scales and gains; bad gradients are hidden from it."""
@@ -371,6 +388,8 @@ class EGSGD(Optimizer):
         gamma: $\gamma \ge 0$, in units of one over a gradient squared; 0 is SGD.
         weight_decay: $\lambda \ge 0$.
         nonfinite: as in [`EGStepSize`][danlu.optim.EGStepSize].
+        rounding: as in `EGStepSize`.
+        seed: as in `EGStepSize`.
         foreach: as in `EGStepSize`.
         maximize: climb instead of descend.
 
@@ -379,12 +398,15 @@ class EGSGD(Optimizer):
 
     Raises:
         TypeError: an option is not of its type.
-        ValueError: `lr`, `gamma` or `weight_decay` < 0, or an unknown `nonfinite`; also in a group.
+        ValueError: `lr`, `gamma`, `weight_decay` or `seed` < 0, or an unknown `nonfinite` or `rounding`; also in
+            a group.
         RuntimeError: from `step` on a sparse or complex gradient, or on a bad one with `nonfinite="raise"`.
 
     Numerics:
         The gain is kept as its logarithm, which stops at $\pm 80$. Gradients much larger than $\gamma^{-1/2}$ drive it
         there within a step: take `EGStepSize`, which uses signs, unless the gradients are known to be small.
+        float16 and bfloat16 parameters are computed in float32, as which their state is kept, and rounded as
+        `rounding` says.
 
     Cost:
         8 bytes of state and 28 bytes of memory traffic per float32 parameter.
@@ -412,6 +434,8 @@ class EGSGD(Optimizer):
         *,
         weight_decay: float = 0.0,
         nonfinite: StepSizeNonfinite = "skip",
+        rounding: RoundingMode | None = None,
+        seed: int = 0,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -420,8 +444,12 @@ class EGSGD(Optimizer):
             "gamma": gamma,
             "weight_decay": weight_decay,
             "nonfinite": nonfinite,
+            "rounding": rounding,
+            "seed": seed,
             "foreach": foreach,
             "maximize": maximize,
+            # As in `EGStepSize`.
+            "step": 0,
         }
         check_common(defaults)
         check_real("gamma", gamma, low=0.0)
@@ -458,6 +486,7 @@ class EGSGD(Optimizer):
                 loss = closure()
         check_real_gradients("EGSGD", self.param_groups)
         raise_where_wanted(self.param_groups)
+        number = 0
         for group in self.param_groups:
             rate = as_float(group["lr"])
             rule = Rule(
@@ -469,8 +498,10 @@ class EGSGD(Optimizer):
                 sign_gain=False,
                 guard=group["nonfinite"] == "skip",
             )
-            items = items_of(group, rule, self.state, self._nonfinite_counts)
+            items = items_of(group, rule, self.state, self._nonfinite_counts, first=number)
             advance(items, foreach=group["foreach"], fused=False, shared=False)
+            number += len(group["params"])
+            group["step"] += 1
         return loss
 
 
