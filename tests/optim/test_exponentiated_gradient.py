@@ -234,7 +234,7 @@ def test_bucket_equals_the_loop():
             for counts in (second._nonfinite_counts, second._clamp_counts):
                 counts |= {p: torch.zeros((), dtype=torch.int64) for p in twos if p not in counts}
             with torch.no_grad():
-                second._bucket(twos, second.param_groups[0], 0.5, True)
+                second._bucket(twos, second.param_groups[0], 0.5, True, [None, None])
         for a, b in zip(ones, twos, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
         assert first.nonfinite_events == second.nonfinite_events == {"param_groups[0]['params'][1]": 1}

@@ -163,6 +163,7 @@ OPTIMIZERS = {
         partial(ExponentiatedOne, mode="signed"),
         {"lr": 0.01, "beta": 0.5},
         {"lr": 0.003, "beta": 2.0},
+        {"rounding": "kahan"},
         decay="",
         fused=False,
     ),
@@ -335,7 +336,10 @@ CASES += [
                     {"seed": -1},
                 ],
                 "EGSGD": [{"gamma": -1.0}, {"weight_decay": -1.0}, {"rounding": "up"}, {"seed": -1}],
-                "ExponentiatedGradient": [{"mode": "softmax"}, {"floor": -1.0}, {"beta": 0.0, "mode": "signed"}],
+                "ExponentiatedGradient": [
+                    *({"mode": "softmax"}, {"floor": -1.0}, {"beta": 0.0, "mode": "signed"}),
+                    *({"rounding": "up"}, {"rounding": "kahan", "mode": "simplex"}, {"seed": -1}),
+                ],
                 "FoldedAdamW": [
                     *({"betas": value} for value in ((1.0, 0.9), (0.9, 1.0), (0.9,))),
                     *({name: -1.0} for name in ("eps", "weight_decay")),

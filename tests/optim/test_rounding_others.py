@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.optim import EGSGD, EGStepSize, FoldedAdamW, Rounding, folded_adamw
+from danlu.optim import EGSGD, EGStepSize, ExponentiatedGradient, FoldedAdamW, Rounding, folded_adamw
 
 PATHS = [None, True, False]
 LOW = [torch.bfloat16, torch.float16]
@@ -28,6 +28,8 @@ MAKERS = {
     "FoldedAdamW": folded,
     "EGStepSize": partial(step_size, "sgdm"),
     "EGStepSize (adam)": partial(step_size, "adam"),
+    "ExponentiatedGradient (nonnegative)": partial(ExponentiatedGradient, mode="nonnegative"),
+    "ExponentiatedGradient (signed)": partial(ExponentiatedGradient, mode="signed"),
     "EGSGD": lambda params, size, **options: EGSGD(params, size, gamma=1e-4, **options),
 }
 
@@ -139,6 +141,51 @@ def test_around_an_optimizer_the_rounding_is_its_own(option):
     inner = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(ValueError, match=f"{next(iter(option))} belongs to the inner optimizer"):
         EGStepSize(inner, **option)
+
+
+@pytest.mark.parametrize("rounding", [None, "nearest"])
+def test_distributions_are_rounded_to_nearest(rounding):
+    param = nn.Parameter(torch.full((4, 8), 0.125, dtype=torch.bfloat16))
+    exact = nn.Parameter(param.detach().float())
+    for p, options in ((param, {"rounding": rounding}), (exact, {})):
+        optimizer = ExponentiatedGradient([p], lr=0.3, mode="simplex", **options)
+        p.grad = torch.linspace(-1, 1, 32).to(torch.bfloat16).view(4, 8).to(p.dtype)
+        optimizer.step()
+        assert not optimizer.state
+    assert torch.equal(param.detach(), exact.detach().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("foreach", PATHS)
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_nonnegative_parameters_stay_nonnegative(foreach, rounding):
+    values = torch.cat([torch.zeros(8), torch.logspace(-38, 2, 248)]).to(torch.bfloat16)
+    param = nn.Parameter(values)
+    optimizer = ExponentiatedGradient([param], lr=1.0, rounding=rounding, foreach=foreach)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        param.grad = torch.randn(256, generator=generator).to(torch.bfloat16)
+        optimizer.step()
+    assert (param >= 0).all()
+    assert (param[:8] == 0).all()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+def test_the_path_of_accelerators_rounds_as_the_loop_does(rounding):
+    """Run on the CPU, with the writers of one step after the other."""
+    ones, twos = ([nn.Parameter(torch.linspace(0.1, 2, 64).to(torch.bfloat16))] for _ in range(2))
+    first = ExponentiatedGradient(ones, lr=0.01, rounding=rounding, foreach=False)
+    second = ExponentiatedGradient(twos, lr=0.01, rounding=rounding)
+    for counts in (second._nonfinite_counts, second._clamp_counts):
+        counts[twos[0]] = torch.zeros((), dtype=torch.int64)
+    for step in range(4):
+        gradient = torch.randn(64, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
+        ones[0].grad, twos[0].grad = gradient, gradient.clone()
+        group = second.param_groups[0]
+        with torch.no_grad():
+            second._bucket(twos, group, 0.01, True, second._writers(group, 0))
+        group["step"] += 1
+        first.step()
+        assert torch.equal(ones[0], twos[0])
 
 
 def test_the_function_wants_a_compensation_for_kahan():

@@ -17,8 +17,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from danlu._common.checks import check_choice, check_dim, check_real
 from danlu.optim._nonfinite import all_finite, event_counts, is_finite
 from danlu.optim._options import as_float
+from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, write
+from danlu.optim._state import add_compensation, group_rounding, restore_state_tensors
 from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
-from danlu.optim._traversal import blocks, compute_dtype, plan, write_back
+from danlu.optim._traversal import compute_dtype, plan, rounded_blocks
 
 __all__ = ["ExponentiatedGradient"]
 
@@ -57,6 +59,9 @@ class ExponentiatedGradient(Optimizer):
             `"signed"`, which passes through 0.
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: it stays as it is for this step.
             `"raise"`: `RuntimeError` that names the parameters; no tensor is changed. `"off"`: not looked for.
+        rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
+            None: stochastically for bfloat16, to nearest for float16. Distributions are always rounded to nearest.
+        seed: of stochastic rounding.
         foreach: None or True takes tensors on the CPU in cache-sized blocks and many tensors at once on accelerators,
             False one by one. Distributions, DTensors and other subclasses always go one by one.
         maximize: climb instead of descend.
@@ -68,22 +73,25 @@ class ExponentiatedGradient(Optimizer):
 
     Raises:
         TypeError: an option is not of its type.
-        ValueError: `lr` or `floor` < 0, `beta` $\le$ 0, an unknown `mode` or `nonfinite`, an option of another mode, no
-            axis `dim`, a floor too high for its axis, or parameters that are negative, not finite, or without any
-            weight on a distribution; also in a group.
+        ValueError: `lr`, `floor` or `seed` < 0, `beta` $\le$ 0, an unknown `mode`, `nonfinite` or `rounding`, an option
+            of another mode (so `rounding` other than `"nearest"` with `"simplex"`), no axis `dim`, a floor too high for
+            its axis, or parameters that are negative, not finite, or without any weight on a distribution; also in a
+            group.
         RuntimeError: from `step` on a sparse or complex gradient, or on a bad one with `nonfinite="raise"`.
 
     Numerics:
         Steps are cut off at $x = \pm 50$ (on the simplex relative to the largest of a distribution, so at -50), and
-        results at the largest number of the dtype, so that no finite gradient makes an infinite parameter. float16
-        and bfloat16 parameters are computed in float32 and rounded to nearest: factors within 0.4 % of 1 are lost in
-        bfloat16. An element that underflows to 0 stays there unless `floor` lifts it. Distributions that do not sum
-        to 1 within 0.001 are rescaled at the start, with a warning. `signed` is computed from $u$ and $v$ in a form
-        without cancellation, whose result for a zero gradient is the parameter, bit for bit.
+        results at the largest number of the dtype, so that no finite gradient makes an infinite parameter. float16 and
+        bfloat16 parameters are computed in float32 and rounded as `rounding` says; to nearest, factors within 0.2 % of
+        1 are lost in bfloat16. Distributions are rounded to nearest, since errors that are drawn element by element
+        would move their sum at random. An element that underflows to 0 stays there unless `floor` lifts it.
+        Distributions that do not sum to 1 within 0.001 are rescaled at the start, with a warning. `signed` is computed
+        from $u$ and $v$ in a form without cancellation, whose result for a zero gradient is the parameter, bit for bit.
 
     Cost:
-        No state; 12 bytes of memory traffic per float32 parameter, 16 with the look for bad gradients where the tensor
-        does not fit into the cache. Temporaries of the size of one block (CPU) or tensor.
+        No state but the compensation of Kahan, 2 bytes per low-precision parameter; 12 bytes of memory traffic per
+        float32 parameter, 16 with the look for bad gradients where the tensor does not fit into the cache. Temporaries
+        of the size of one block (CPU) or tensor.
 
     Source:
         Kivinen and Warmuth (1997), Information and Computation 132, sections 3 and 4; Ghai, Hazan and Singer (2020),
@@ -111,6 +119,8 @@ class ExponentiatedGradient(Optimizer):
         floor: float = 0.0,
         *,
         nonfinite: Literal["skip", "raise", "off"] = "skip",
+        rounding: RoundingMode | None = None,
+        seed: int = 0,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -121,8 +131,12 @@ class ExponentiatedGradient(Optimizer):
             "beta": beta,
             "floor": floor,
             "nonfinite": nonfinite,
+            "rounding": rounding,
+            "seed": seed,
             "foreach": foreach,
             "maximize": maximize,
+            # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
+            "step": 0,
         }
         _check_group(defaults)
         self._nonfinite_counts: dict[Tensor, Tensor] = {}
@@ -158,6 +172,11 @@ class ExponentiatedGradient(Optimizer):
         own = ("_nonfinite_counts", "_clamp_counts")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; the optimizer owns copies of its tensors."""
+        super().load_state_dict(state_dict)
+        restore_state_tensors(self, state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
@@ -167,11 +186,15 @@ class ExponentiatedGradient(Optimizer):
                 loss = closure()
         check_real_gradients("ExponentiatedGradient", self.param_groups)
         raise_where_wanted(self.param_groups)
+        number = 0
         for group in self.param_groups:
             rate = as_float(group["lr"])
             rate = -rate if group["maximize"] else rate
             guard = group["nonfinite"] == "skip"
             params = [param for param in group["params"] if param.grad is not None]
+            writers = self._writers(group, number)
+            number += len(group["params"])
+            group["step"] += 1
             for param in params:
                 for counts in (self._nonfinite_counts, self._clamp_counts):
                     if param not in counts:
@@ -181,19 +204,30 @@ class ExponentiatedGradient(Optimizer):
             for path, indices in plan(params, [param.grad for param in params], foreach):
                 chosen = [params[i] for i in indices]
                 if path == "bucket" and group["mode"] == "nonnegative":
-                    self._bucket(chosen, group, rate, guard)
+                    self._bucket(chosen, group, rate, guard, [writers[i] for i in indices])
                     continue
-                for param in chosen:
-                    if path == "blocks":
-                        self._blocks(param, group, rate, guard)
-                    else:
-                        self._whole(param, group, rate, guard)
+                move = self._blocks if path == "blocks" else self._whole
+                for i in indices:
+                    move(params[i], group, rate, guard, writers[i])
         return loss
 
-    def _whole(self, param: Tensor, group: Mapping[str, Any], lr: float, guard: bool) -> None:
+    def _writers(self, group: Mapping[str, Any], first: int) -> list[Writer | None]:
+        """How the parameters of a group that have gradients are rounded; `first` is the number of its first one."""
+        chosen = [(first + i, param) for i, param in enumerate(group["params"]) if param.grad is not None]
+        if group["mode"] == "simplex":
+            return [Rounding("nearest").of(0, param.dtype) for _, param in chosen]
+        found: list[Writer | None] = []
+        for number, param in chosen:
+            if group["rounding"] == "kahan":
+                add_compensation(self.state[param], param, group)
+            states = [self.state.get(param, {})]
+            found.append(group_rounding(group, group["step"], [number], states).of(0, param.dtype))
+        return found
+
+    def _whole(self, param: Tensor, group: Mapping[str, Any], lr: float, guard: bool, writer: Writer | None) -> None:
         """The definition on a whole tensor, without reading a value back."""
         dtype = compute_dtype(param.dtype)
-        theta, exponent = param.to(dtype), param.grad.to(dtype).mul(-lr)  # pyrefly: ignore[missing-attribute]
+        theta, exponent = read(param, writer), param.grad.to(dtype).mul(-lr)  # pyrefly: ignore[missing-attribute]
         finite = all_finite(param.grad) if guard else None  # pyrefly: ignore[bad-argument-type]
         exponent = _relative(exponent, group)
         beyond = plain((exponent.abs() > _EXPONENT).sum())
@@ -203,9 +237,9 @@ class ExponentiatedGradient(Optimizer):
             self._nonfinite_counts[param].add_(~finite)
             beyond = torch.where(finite, beyond, torch.zeros_like(beyond))
         self._clamp_counts[param].add_(beyond)
-        param.copy_(moved)
+        write(param, moved, writer)
 
-    def _blocks(self, param: Tensor, group: Mapping[str, Any], lr: float, guard: bool) -> None:
+    def _blocks(self, param: Tensor, group: Mapping[str, Any], lr: float, guard: bool, writer: Writer | None) -> None:
         """On the CPU: all passes over a block but the first find it in the cache."""
         grad = param.grad
         assert grad is not None
@@ -213,15 +247,22 @@ class ExponentiatedGradient(Optimizer):
             self._nonfinite_counts[param].add_(1)
             return
         dtype = compute_dtype(param.dtype)
-        for param_block, grad_block in blocks(param, grad):
+        for (param_block, grad_block), part in rounded_blocks((param, grad), writer):
             exponent = grad_block.to(dtype).mul(-lr)
             low, high = torch.aminmax(exponent)
             if not (low.item() >= -_EXPONENT and high.item() <= _EXPONENT):
                 self._clamp_counts[param].add_((exponent.abs() > _EXPONENT).sum())
                 exponent.clamp_(-_EXPONENT, _EXPONENT)
-            write_back(param_block, _moved(param_block.to(dtype), exponent, group, param.dtype))
+            write(param_block, _moved(read(param_block, part), exponent, group, param.dtype), part)
 
-    def _bucket(self, params: list[Tensor], group: Mapping[str, Any], lr: float, guard: bool) -> None:
+    def _bucket(
+        self,
+        params: list[Tensor],
+        group: Mapping[str, Any],
+        lr: float,
+        guard: bool,
+        writers: list[Writer | None],
+    ) -> None:
         """Nonnegative parameters of one dtype on an accelerator; nothing is read back."""
         dtype = compute_dtype(params[0].dtype)
         grads = [param.grad.to(dtype) for param in params]  # pyrefly: ignore[missing-attribute]
@@ -240,10 +281,15 @@ class ExponentiatedGradient(Optimizer):
         torch._foreach_clamp_min_(exponents, -_EXPONENT)
         torch._foreach_clamp_max_(exponents, _EXPONENT)
         torch._foreach_exp_(exponents)
-        thetas = torch._foreach_mul([param.to(dtype) for param in params], exponents)
+        before = [read(param, writer) for param, writer in zip(params, writers, strict=True)]
+        thetas = torch._foreach_mul(before, exponents)
         torch._foreach_clamp_min_(thetas, group["floor"])
         torch._foreach_clamp_max_(thetas, torch.finfo(params[0].dtype).max)
-        torch._foreach_copy_(params, thetas)
+        if any(writers):
+            for param, theta, writer in zip(params, thetas, writers, strict=True):
+                write(param, theta, writer)
+        else:
+            torch._foreach_copy_(params, thetas)
 
 
 def _relative(exponent: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -297,6 +343,8 @@ def _check_group(group: Mapping[str, Any]) -> None:
     for name, mode, unset in (("beta", "signed", None), ("dim", "simplex", -1)):
         if group[name] != unset and group["mode"] != mode:
             raise ValueError(f"{name} is an option of mode={mode!r}, got {group[name]!r} with mode={group['mode']!r}")
+    if group["rounding"] not in (None, "nearest") and group["mode"] == "simplex":
+        raise ValueError(f"rounding must be 'nearest' or None with mode='simplex', got {group['rounding']!r}")
     if group["floor"] != 0 and group["mode"] == "signed":
         raise ValueError(f"floor has no meaning with mode='signed', got {group['floor']!r}")
 
