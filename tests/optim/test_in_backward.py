@@ -293,3 +293,30 @@ def test_embeddings_lazily_and_with_sparse_gradients(lazy, sparse, clip):
         found.append((embedding.weight.detach(), optimizer.state[embedding.weight]["exp_avg"]))
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:Tiger got parameters")
+def test_a_frozen_parameter_is_handed_over_once_it_is_thawed():
+    frozen, other = nn.Parameter(torch.ones(2, 2), requires_grad=False), nn.Parameter(torch.ones(2, 2))
+    optimizer = Tiger([frozen, other], in_backward=True)
+    assert not frozen.requires_grad
+    (frozen * other).sum().backward()
+    optimizer.step()
+    assert torch.equal(frozen.detach(), torch.ones(2, 2))
+    frozen.requires_grad_(True)
+    (frozen * other).sum().backward()
+    assert frozen.grad is None
+    optimizer.step()
+    assert (frozen < 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:Tiger got parameters")
+def test_a_checkpoint_can_be_loaded_after_a_backward_pass_that_was_given_up():
+    param = nn.Parameter(torch.ones(2, 2))
+    optimizer = Tiger([param], in_backward=True)
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    param.sum().backward()
+    optimizer.load_state_dict(checkpoint)
+    param.sum().backward()
+    optimizer.step()
+    assert optimizer.micro_step == 1

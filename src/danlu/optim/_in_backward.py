@@ -41,7 +41,15 @@ class BackwardHooks:
     def add(self, param: Tensor) -> None:
         """Hand over the gradients of one more parameter."""
         hook = self._hand_over if self._model is None else self._check
+        frozen = not param.requires_grad
+        if frozen and not (param.is_floating_point() or param.is_complex()):
+            return
+        # A frozen parameter may be thawed later; autograd takes hooks only of those that are not frozen.
+        if frozen:
+            param.requires_grad_(True)
         self._handles.append(param.register_post_accumulate_grad_hook(hook))
+        if frozen:
+            param.requires_grad_(False)
 
     def remove(self) -> None:
         """Leave gradients where autograd puts them."""

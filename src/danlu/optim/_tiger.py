@@ -368,6 +368,8 @@ class Tiger(Optimizer):
         """Load a checkpoint; the optimizer owns copies of its tensors."""
         super().load_state_dict(state_dict)
         restore_state_tensors(self, state_dict)
+        # Gradients of a micro-step that was given up belong to the state before.
+        self._received.clear()
 
     def remove_backward_hooks(self) -> None:
         """Undo `in_backward`: from now on gradients stay in `.grad` until `step`."""
