@@ -106,31 +106,47 @@ class SignUpdate:
     ) -> None:
         self.params, self.exp_avgs = list(params), list(exp_avgs)
         self._compensations = list(compensations)
-        self._addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in (self.params, self.exp_avgs)]
+        everything = self.params, self.exp_avgs, self._compensations
+        self._addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in everything]
         self._dtype = params[0].dtype
         # Gradients must lie in memory as their parameters do; for most, contiguity says so at once.
         self._strides = [None if p.is_contiguous() else p.stride() for p in params]
         self._plain = not any(self._strides)
+        self._shapes = [p.shape for p in params]
+        self._numels = [p.numel() for p in params]
         backend = _Cpu if params[0].device.type == "cpu" else _Cuda
         self._backend = backend(
             self.params,
             self.exp_avgs,
-            self._addresses,
-            compensations=[c.data_ptr() for c in compensations],
+            self._addresses[:2],
+            compensations=self._addresses[2],
             numbers=numbers,
             rows=rows,
             decayed=decayed,
         )
 
-    def holds(self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors of this call, still at their addresses."""
+    def holds(
+        self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor], compensations: Sequence[Tensor | None] = ()
+    ) -> bool:
+        """Whether these are the tensors of this call, still at their addresses and of their sizes."""
         return (
             len(params) == len(self.params)
             and all(map(operator.is_, params, self.params))
             and all(map(operator.is_, exp_avgs, self.exp_avgs))
+            and len(compensations) == len(self._compensations)
+            and all(map(operator.is_, compensations, self._compensations))
             and list(map(Tensor.data_ptr, params)) == self._addresses[0]
             and list(map(Tensor.data_ptr, exp_avgs)) == self._addresses[1]
+            and [compensation.data_ptr() for compensation in self._compensations] == self._addresses[2]
+            # `param.data = param.data[:n]`, or a transposition, stays at its address.
+            and [param.shape for param in params] == self._shapes
+            and self._lie_as_before(params)
         )
+
+    def _lie_as_before(self, params: Sequence[Tensor]) -> bool:
+        if self._plain:
+            return all(map(Tensor.is_contiguous, params))
+        return [None if p.is_contiguous() else p.stride() for p in params] == self._strides
 
     def take(self, grads: Sequence[Tensor | None]) -> bool:
         """Point to the gradients of this step; False if one cannot be read by the kernel as it lies in memory."""
@@ -143,6 +159,8 @@ class SignUpdate:
                 strides = self._strides[i]
                 if not grad.is_contiguous() if strides is None else grad.stride() != strides:
                     return False
+                if grad.numel() != self._numels[i] or grad.is_neg():
+                    return False
             self._backend.point_to(array("q", [0 if grad is None else grad.data_ptr() for grad in grads]))
         except RuntimeError:
             # Tensors without storage.
@@ -152,12 +170,15 @@ class SignUpdate:
     def take_all(self, grads: Sequence[Tensor | None]) -> bool:
         """As `take`, at a fraction of its cost, for the common case; False says nothing but that it is not."""
         if not self._plain:
-            return self.take(grads)
+            return all(grad is not None for grad in grads) and self.take(grads)
         try:
             if set(map(type, grads)) != {Tensor}:
                 return False
             tensors = cast("Sequence[Tensor]", grads)
             if {grad.dtype for grad in tensors} != {self._dtype} or not all(map(Tensor.is_contiguous, tensors)):
+                return False
+            # The memory of a lazily negated tensor holds the numbers before the negation.
+            if list(map(Tensor.numel, tensors)) != self._numels or any(map(Tensor.is_neg, tensors)):
                 return False
             self._backend.point_to(array("q", map(Tensor.data_ptr, tensors)))
         except RuntimeError:

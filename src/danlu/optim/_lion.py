@@ -314,7 +314,7 @@ class Lion(Optimizer):
         states: list[dict[str, Any]] = []
         for param in params:
             state = self.state[param]
-            if not state:
+            if "exp_avg" not in state:
                 state.update(new_state(param, group))
             add_compensation(state, param, group)
             states.append(state)

@@ -70,7 +70,7 @@ class PreparedCalls:
     """
 
     def __init__(self) -> None:
-        self._calls: dict[int, tuple[SignUpdate, str]] = {}
+        self._calls: dict[int, tuple[SignUpdate, tuple[str, Any]]] = {}
 
     def find(
         self,
@@ -82,10 +82,17 @@ class PreparedCalls:
         """The call for all parameters of a group, pointed to their gradients; None if there is none for them."""
         if index not in self._calls or group["fused"] is False or group["foreach"] is not None:
             return None
-        call, mode = self._calls[index]
+        call, key = self._calls[index]
         params = group["params"]
-        exp_avgs = [state[param]["exp_avg"] for param in params]
-        if mode != _mode(group, params[0]) or not call.holds(params, exp_avgs) or not call.take_all(grads):
+        if not params or key != _key(group, params[0]):
+            return None
+        try:
+            exp_avgs = [state[param]["exp_avg"] for param in params]
+        except KeyError:
+            # The state was cleared.
+            return None
+        compensations = [state[param].get("compensation") for param in params] if key[0] == "kahan" else ()
+        if not call.holds(params, exp_avgs, compensations) or not call.take_all(grads):
             return None
         return call
 
@@ -103,7 +110,7 @@ class PreparedCalls:
         self._calls.pop(index, None)
         if not params or len(fused) != len(params) or len({(p.device, p.dtype) for p in params}) > 1:
             return
-        mode = _mode(group, params[0])
+        key = mode, _ = _key(group, params[0])
         call = SignUpdate(
             params,
             [state[param]["exp_avg"] for param in params],
@@ -111,12 +118,13 @@ class PreparedCalls:
             numbers=numbers if mode == "stochastic" else (),
             **columns,
         )
-        self._calls[index] = (call, mode)
+        self._calls[index] = (call, key)
 
     def clear(self) -> None:
         """Forget all calls, for states that were replaced."""
         self._calls.clear()
 
 
-def _mode(group: Mapping[str, Any], param: Tensor) -> str:
-    return resolve_rounding(group["rounding"], param.dtype)
+def _key(group: Mapping[str, Any], param: Tensor) -> tuple[str, Any]:
+    """The options that a prepared call has built in."""
+    return resolve_rounding(group["rounding"], param.dtype), group.get("kind")

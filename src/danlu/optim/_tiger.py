@@ -838,8 +838,22 @@ def _run(
     kernel = kernel_test(
         "sign_update", params, grads, exp_avgs, fused=fused, foreach=foreach, supported=dtypes_supported
     )
+
+    def takes(i: int) -> bool:
+        if kernel is None or not kernel(i):
+            return False
+        # The kernel's rows are runs of memory.
+        param = params[i]
+        runs = step.kinds[i] != "embedding" or param.ndim == 0 or param.shape[-1] == 1 or param.stride(-1) == 1
+        if fused and not runs:
+            raise RuntimeError(
+                f"fused=True, but the kernel cannot run on an embedding of shape {tuple(param.shape)}: its rows are "
+                f"not contiguous (strides {param.stride()})"
+            )
+        return runs
+
     taken: list[int] = []
-    for path, indices in plan(params, grads, foreach, kernel):
+    for path, indices in plan(params, grads, foreach, None if kernel is None else takes):
         few = replace(step, **step.pick(indices))
         few_counts = None if counts is None else pick(indices, counts)
         lists = pick(indices, params), pick(indices, grads), pick(indices, exp_avgs)

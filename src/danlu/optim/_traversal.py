@@ -83,6 +83,10 @@ def kernel_test(
             return f"dtypes {param.dtype} with state {state.dtype} are not supported"
         if state.stride() != param.stride() or (grad is not None and grad.stride() != param.stride()):
             return "parameter, gradient and state have different strides"
+        if state.shape != param.shape or (grad is not None and grad.shape != param.shape):
+            return "parameter, gradient and state have different shapes"
+        if param.is_neg() or state.is_neg() or (grad is not None and grad.is_neg()):
+            return "a tensor is negated lazily"
         return None if _is_dense(param) else f"a parameter of strides {param.stride()} has gaps"
 
     def takes(i: int) -> bool:
@@ -246,7 +250,7 @@ def decayed_add_(theta: Tensor, update: Tensor, lr: float, weight_decay: float) 
     r"""$\theta \leftarrow \theta - \eta (u + \lambda\theta)$ on the CPU; may overwrite `update`."""
     if weight_decay == 0:
         theta.add_(update, alpha=-lr)
-    elif theta.is_contiguous() and update.is_contiguous() and theta.is_floating_point():
+    elif theta.is_contiguous() and update.is_contiguous() and theta.is_floating_point() and not theta.is_neg():
         # SGD without momentum is this formula, and PyTorch has a kernel for it.
         torch._fused_sgd_(
             [theta],
