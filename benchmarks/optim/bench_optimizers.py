@@ -1,7 +1,7 @@
 """One step of Lion and Tiger beside their peers on the CPU: time, bytes moved, state held.
 
 33 million float32 parameters in 100 tensors of a transformer's shapes, one thread, all candidates interleaved in one
-process on parameters of their own. The floor is the bytes that a step must move, over the bandwidth that torch's fused
+process on the same parameters and gradients, with states of their own. The floor is the bytes that a step must move, over the bandwidth that torch's fused
 SGD with momentum reaches on the same 20 bytes per parameter. Then 2000 tensors of 64 elements, where what counts is
 the work per tensor; then the bytes that are held between micro-batches.
 """
@@ -124,8 +124,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     run_tests("tests/optim/test_lion.py", "tests/optim/test_tiger.py", "tests/kernels/test_sign_update.py")
     torch.set_num_threads(1)
-    count = sum(p.numel() for p in parameters(SHAPES))
-    optimizers = {name: make(parameters(SHAPES)) for name, (make, _) in CANDIDATES.items()}
+    params = parameters(SHAPES)
+    count = sum(p.numel() for p in params)
+    optimizers = {name: make(params) for name, (make, _) in CANDIDATES.items()}
     times = interleave({name: optimizer.step for name, optimizer in optimizers.items()}, rounds=ROUNDS)
     rows = summary(times, "torch AdamW (fused)")
     bandwidth = 20 * count / (rows["torch SGD momentum (fused)"]["median_ms"] / 1e3)
@@ -136,7 +137,8 @@ def main() -> None:
         row["state_B_per_param"] = state_bytes(optimizers[name]) / count
     show(f"one step, {count / 1e6:.1f} M parameters in {len(SHAPES)} tensors, {ROUNDS} rounds, ratio to AdamW", rows)
     print(f"bandwidth of the floor: {bandwidth / 1e9:.1f} GB/s (torch SGD momentum fused, 20 B per parameter)")
-    small = {name: make(parameters(SMALL)).step for name, make in SMALL_CANDIDATES.items()}
+    params = parameters(SMALL)
+    small = {name: make(params).step for name, make in SMALL_CANDIDATES.items()}
     small_rows = summary(interleave(small, rounds=3 * ROUNDS), "torch SGD momentum (fused)")
     show(f"one step, {len(SMALL)} tensors of {SMALL[0][0]}, ratio to SGD with momentum", small_rows)
     memory = accumulation_memory()

@@ -178,6 +178,23 @@ inline void spread(int64_t count, int threads, const Work& work) {
   for (auto& thread : team) thread.join();
 }
 
+// Calls body(first, last) for runs of [begin, end), while the arrays are fetched a page ahead: the processor's own
+// prefetching stops at the end of each page, where a step then waits. As data that is used once, so that what was read
+// before stays in the cache. Null pointers are left out.
+template <class Body, class... Arrays>
+inline void stream(int64_t begin, int64_t end, const Body& body, const Arrays*... arrays) {
+  constexpr int64_t RUN = 64, LINE = 64, PAGE = 4096;
+  auto fetch = [](const auto* array, int64_t first) {
+    const char* x = reinterpret_cast<const char*>(array + first);
+    const int64_t bytes = array ? RUN * static_cast<int64_t>(sizeof(*array)) : 0;
+    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(x + PAGE + i, 0, 0);
+  };
+  for (int64_t first = begin; first < end; first += RUN) {
+    (fetch(arrays, first), ...);
+    body(first, first + RUN < end ? first + RUN : end);
+  }
+}
+
 struct Piece {
   int64_t tensor, begin, end;
 };

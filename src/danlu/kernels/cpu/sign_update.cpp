@@ -61,8 +61,12 @@ void lion_step(const Columns& c, const double* decay, const LionNumbers& o) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) element(i, keep * load(m[i]));
     } else {
+      auto run = [&](int64_t first, int64_t last) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) element(i, load(m[i]));
+        for (int64_t i = first; i < last; ++i) element(i, load(m[i]));
+      };
+      // With the look for bad gradients the gradient is in the cache, and all else is waited for.
+      o.guard ? stream(0, count, run, p, m, k) : run(0, count);
     }
   };
   two_rounds(c.n, c.numel, nullptr, o.threads, o.guard, check, combine, step);
@@ -137,13 +141,16 @@ void tiger_step(const Columns& c, const double* decay, const uint8_t* decayed, c
           store(m[i], averaging ? lerp(momentum, grad, gain) : keep * momentum + gain * grad);
         }
       } else {
+        auto run = [&](int64_t first, int64_t last) {
 #pragma omp simd
-        for (int64_t i = begin; i < begin + row; ++i) {
-          F momentum = load(m[i]), grad = load(g[i]);
-          momentum = averaging ? lerp(momentum, grad, gain) : keep * momentum + gain * grad;
-          store(m[i], momentum);
-          element(i, momentum);
-        }
+          for (int64_t i = first; i < last; ++i) {
+            F momentum = load(m[i]), grad = load(g[i]);
+            momentum = averaging ? lerp(momentum, grad, gain) : keep * momentum + gain * grad;
+            store(m[i], momentum);
+            element(i, momentum);
+          }
+        };
+        o.guard ? stream(begin, begin + row, run, m) : run(begin, begin + row);
       }
     }
   };

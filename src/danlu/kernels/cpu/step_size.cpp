@@ -117,13 +117,17 @@ void move(const Columns& c, const Numbers& o, const Piece& x) {
     m[i] = momentum;
     store(p[i], keep * load(p[i]) - coefficient * momentum);
   };
-  if (o.sign_gain) {
+  auto run = [&](int64_t first, int64_t last) {
+    if (o.sign_gain) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) element(i, std::true_type{});
-  } else {
+      for (int64_t i = first; i < last; ++i) element(i, std::true_type{});
+    } else {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) element(i, std::false_type{});
-  }
+      for (int64_t i = first; i < last; ++i) element(i, std::false_type{});
+    }
+  };
+  // With gains there are streams enough that none is waited for.
+  gained ? run(0, count) : stream(0, count, run, p);
 }
 
 template <class P>
