@@ -1,9 +1,9 @@
 """One step of Lion and Tiger beside their peers on the CPU: time, bytes moved, state held.
 
 33 million float32 parameters in 100 tensors of a transformer's shapes, one thread, all candidates interleaved in one
-process on the same parameters and gradients, with states of their own. The floor is the bytes that a step must move, over the bandwidth that torch's fused
-SGD with momentum reaches on the same 20 bytes per parameter. Then 2000 tensors of 64 elements, where what counts is
-the work per tensor; then the bytes that are held between micro-batches.
+process on the same parameters and gradients, with states of their own. The floor is the bytes that a step must move,
+over the bandwidth that torch's fused SGD with momentum reaches on the same 20 bytes per parameter. Then 2000 tensors of
+64 elements, where what counts is the work per tensor; then the bytes that are held between micro-batches.
 """
 
 import sys
