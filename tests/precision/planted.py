@@ -51,6 +51,16 @@ def where_mask(x):
     return torch.where(HIDDEN, -1e9, x).float().softmax(-1)
 
 
+def where_tensor_mask(x):
+    return torch.where(HIDDEN, torch.tensor(-1e9), x).float().softmax(-1)
+
+
+def assigned_mask(x):
+    x = x.clone()
+    x[:, HIDDEN] = -1e9
+    return x.float().softmax(-1)
+
+
 def cast_mask(x):
     return (x + (HIDDEN.float() * -1e9).to(x.dtype)).float().softmax(-1)
 
@@ -69,6 +79,22 @@ def clamp_with_eps(x):
     return x.float() / x.abs().amax(-1, keepdim=True).clamp(min=1e-12).float()
 
 
+def ceiling_with_eps(x):
+    return x.sigmoid().clamp(1e-7, 1 - 1e-7).float()
+
+
+def cast_eps(x):
+    return x.float() / (x.abs().amax(-1, keepdim=True) + torch.tensor([1e-12]).to(x.dtype)).float()
+
+
+def tensor_eps(x):
+    return x.float() / torch.maximum(x.abs().amax(-1, keepdim=True), torch.tensor(1e-12, dtype=x.dtype)).float()
+
+
+def full_eps(x):
+    return torch.maximum(x, x.new_full((1,), 1e-12)).float()
+
+
 def half_softmax(x):
     return x.softmax(-1)
 
@@ -79,6 +105,22 @@ def log_of_probability(x):
 
 def log_of_cast_probability(x):
     return x.softmax(-1).float().clamp(min=1e-6).log()
+
+
+def log_of_complement(x):
+    return torch.log(1 - x.sigmoid() + 1e-4)
+
+
+def entropy_of_half(x):
+    return F.binary_cross_entropy(x.sigmoid(), (x > 0).to(x.dtype), reduction="none")
+
+
+def half_root(x):
+    return x * (x.float().square().mean(-1, keepdim=True).to(x.dtype) + 1e-3) ** -0.5
+
+
+def large_exponential(x):
+    return (x.sign() * 10.8).exp().float().log()
 
 
 def half_norm(x):
@@ -152,10 +194,16 @@ PLANTED = {
     "subtract_mask": (part(subtract_mask), None, 1.0, {(BODY, "constant"): "error"}),
     "fill_mask": (part(fill_mask), None, 1.0, {(BODY, "constant"): "error"}),
     "where_mask": (part(where_mask), None, 1.0, {(BODY, "constant"): "error"}),
+    "where_tensor_mask": (part(where_tensor_mask), None, 1.0, {(BODY, "constant"): "error"}),
+    "assigned_mask": (part(assigned_mask), None, 1.0, {(BODY, "constant"): "error"}),
     "cast_mask": (part(cast_mask), None, 1.0, {(BODY, "nonfinite"): "error"}),
     "two_masks": (part(two_masks), None, 1.0, {(BODY, "constant"): "warning"}),
     "norm_with_eps": (part(norm_with_eps), None, 1.0, {(BODY, "eps"): "error"}),
     "clamp_with_eps": (part(clamp_with_eps), None, 1.0, {(BODY, "eps"): "error"}),
+    "ceiling_with_eps": (part(ceiling_with_eps), None, 1.0, {(BODY, "eps"): "error"}),
+    "cast_eps": (part(cast_eps), None, 1.0, {(BODY, "eps"): "error"}),
+    "tensor_eps": (part(tensor_eps), None, 1.0, {(BODY, "eps"): "error"}),
+    "full_eps": (part(full_eps), None, 1.0, {(BODY, "eps"): "error"}),
     "eps_attribute": (EpsAttribute, None, 1.0, {(BODY, "eps"): "info"}),
     "half_softmax": (part(half_softmax), None, 1.0, {(BODY, "softmax"): "warning"}),
     "log_of_probability": (
@@ -170,6 +218,10 @@ PLANTED = {
         1.0,
         {(BODY, "softmax"): "warning", (BODY, "log"): "error"},
     ),
+    "log_of_complement": (part(log_of_complement), None, 1.0, {(BODY, "log"): "error"}),
+    "entropy_of_half": (part(entropy_of_half), None, 1.0, {(BODY, "log"): "error"}),
+    "half_root": (part(half_root), None, 1.0, {(BODY, "norm"): "warning"}),
+    "large_exponential": (part(large_exponential), None, 1.0, {(BODY, "activation"): "warning"}),
     "half_norm": (part(half_norm), None, 1.0, {(BODY, "norm"): "warning"}),
     "half_variance": (part(half_variance), None, 1.0, {(BODY, "norm"): "warning"}),
     "half_cumsum": (part(half_cumsum), None, 1.0, {(BODY, "reduction"): "warning"}),
@@ -199,6 +251,27 @@ class Attention(nn.Module):
         query, key, value = self.qkv(self.norm(x)).view(1, -1, 3, 2, WIDTH // 2).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(self.rotary(query), self.rotary(key), value, is_causal=True)
         return x + self.out(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Mixture(nn.Module):
+    """Two of three experts for each row, with the weights of a softmax in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 16), nn.SiLU(), nn.Linear(16, WIDTH)) for _ in "abc"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).float().softmax(-1).topk(2, -1)
+        weight = weight / weight.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            taken = chosen == index
+            rows = taken.any(-1)
+            out[rows] += (weight * taken).sum(-1)[rows].unsqueeze(-1) * expert(x[rows]).float()
+        return x + out
 
 
 class SafeSoftmax(nn.Module):
@@ -235,5 +308,6 @@ CLEAN = {
         ),
         cross_entropy,
     ),
+    "mixture": (lambda: nn.Sequential(nn.LayerNorm(WIDTH), Mixture(), nn.Linear(WIDTH, 4)), cross_entropy),
     "residual_dropout": (lambda: nn.Sequential(Net(part(F.silu)()), nn.Dropout(0.1), nn.RMSNorm(WIDTH)), cross_entropy),
 }

@@ -144,6 +144,24 @@ def test_bert_has_no_errors(implementation, dtype):
     assert [one for one in findings if one.severity == "error"] == []
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_decoders_are_clean(kind, implementation, dtype):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "Llama": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+    }[kind]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=50, attn_implementation=implementation, **sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}[kind])(config)
+    ids = torch.randint(50, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    assert audit_precision(model, {"input_ids": ids, "attention_mask": mask, "labels": ids}, dtype) == []
+
+
 def test_finding_is_plain():
     assert part(half_softmax)().forward(torch.zeros(2)).tolist() == [0.5, 0.5]
     assert Finding("a", "eps", "error", "add", "m") == Finding("a", "eps", "error", "add", "m")

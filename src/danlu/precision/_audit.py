@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu._common.checks import is_low_precision
-from danlu.precision._hazards import Hazards, Kind, Severity
+from danlu.precision._hazards import Hazards, Kind, Literals, Severity
 from danlu.precision._probe import unchanged
 
 __all__ = ["Finding", "audit_precision"]
@@ -79,7 +79,7 @@ def audit_precision(
         | kind | what is found |
         |---|---|
         | constant | a mask or other constant beyond the range of the dtype; masks that add up to $-\infty$ |
-        | eps | an $\varepsilon$ that rounds to 0 |
+        | eps | an $\varepsilon$ that rounds to 0, or a $1 - \varepsilon$ that rounds to 1 |
         | nonfinite | Inf or NaN made of finite numbers |
         | masked_row | a softmax over nothing but masked scores |
         | softmax, log, norm, reduction, loss | computed in half: rounded where float32 is needed |
@@ -146,7 +146,7 @@ def audit_precision(
     # With gradients, since modules take other paths for inference.
     with unchanged(model), torch.enable_grad(), context, place.follow(model):
         try:
-            with Hazards(report):
+            with Hazards(report), Literals(report):
                 output = _call(model, example_batch) if loss_fn is None else loss_fn(model, example_batch)
         except RuntimeError as error:
             if "without overflow" not in str(error):

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter
 
 from danlu._common.checks import is_low_precision
 
-__all__ = ["Hazards", "Kind", "Severity"]
+__all__ = ["Hazards", "Kind", "Literals", "Severity"]
 
 Severity = Literal["error", "warning", "info"]
 Kind = Literal[
@@ -36,9 +37,10 @@ Report = Callable[[Kind, Severity, str, str], None]
 
 _FILLS = frozenset({"fill", "fill_", "full", "full_like", "masked_fill", "masked_fill_", "new_full", "scalar_tensor"})
 _ARITHMETIC = frozenset({"add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_"})
+_CEILINGS = frozenset({"clamp", "clamp_", "clamp_max", "clamp_max_", "minimum"})
 _FLOORS = frozenset({"add", "add_", "clamp", "clamp_", "clamp_min", "clamp_min_", "maximum"})
 _NORMS = frozenset({"linalg_vector_norm", "norm", "rsqrt", "sqrt", "std", "std_mean", "var", "var_mean"})
-_LOGS = frozenset({"log", "log_", "log2", "log10", "log1p"})
+_LOGS = frozenset({"log", "log_", "log2", "log10", "log1p", "logit"})
 # Long recurrences and exponentials inside the kernel; a plain sum is judged by its error.
 _SCANS = frozenset({"cumprod", "cumsum", "logcumsumexp", "logsumexp", "prod"})
 _LOSSES = frozenset(
@@ -52,8 +54,29 @@ _LOSSES = frozenset(
         "smooth_l1_loss",
     }
 )
-_PRODUCTS = frozenset({"addmm", "baddbmm", "bmm", "convolution", "mm", "mul", "add"})
-# The same probabilities in another shape, place or dtype.
+# What makes large numbers of small ones.
+_GROWING = frozenset(
+    {
+        "add",
+        "add_",
+        "addmm",
+        "addmv",
+        "baddbmm",
+        "bmm",
+        "convolution",
+        "div",
+        "div_",
+        "dot",
+        "exp",
+        "mm",
+        "mul",
+        "mul_",
+        "mv",
+        "pow",
+        "sum",
+    }
+)
+# The same probabilities, or one less them, in another shape, place or dtype.
 _SAME_VALUES = frozenset(
     {
         "_to_copy",
@@ -70,6 +93,7 @@ _SAME_VALUES = frozenset(
         "masked_fill",
         "permute",
         "reshape",
+        "rsub",
         "select",
         "slice",
         "squeeze",
@@ -119,11 +143,13 @@ class Hazards(TorchDispatchMode):
         limit = torch.finfo(dtype).max
         label = _label(dtype)
         for number in numbers:
-            if limit < abs(number) < float("inf") and (name in _FILLS or name in _ARITHMETIC):
+            if limit < abs(number) < float("inf") and (name in _FILLS or name in _ARITHMETIC or name == "where"):
                 message = f"the constant {number:g} is beyond the range of {label} ({limit:g}); use mask_value(dtype)"
                 self._report("constant", "error", name, message)
-            elif name in _FLOORS and number != 0 and _rounded(number, dtype) == 0:
+            elif (name in _FLOORS or name in _FILLS) and number != 0 and _rounded(number, dtype) == 0:
                 self._report("eps", "error", name, f"the constant {number:g} rounds to 0 in {label}")
+            elif name in _CEILINGS and 0 < 1 - number <= torch.finfo(dtype).eps / 4:
+                self._report("eps", "error", name, f"the bound 1 - {1 - number:.3g} rounds to 1 in {label}")
         if name not in _FILLS:
             return args
         # torch refuses to fill with such a number, and the rest of the model is still to be seen.
@@ -143,7 +169,7 @@ class Hazards(TorchDispatchMode):
                 self._mask_rows(name, mask, -1, safe=True)
         elif name == "sigmoid" and half_out:
             self._half_probabilities[id(outputs[0])] = outputs[0]
-        elif name in _LOGS:
+        elif name in _LOGS or (name == "binary_cross_entropy" and id(inputs[0]) in self._half_probabilities):
             self._log(name, inputs, half_in)
         elif name in _SAME_VALUES and inputs and id(inputs[0]) in self._half_probabilities:
             self._half_probabilities[id(outputs[0])] = outputs[0]
@@ -160,7 +186,7 @@ class Hazards(TorchDispatchMode):
         label = _label(first.dtype)
         if name == "_log_softmax":
             self._report("softmax", "warning", name, f"log-softmax in {label} rounds log-probabilities")
-        elif name in _NORMS and is_low_precision(output.dtype):
+        elif (name in _NORMS or _is_root(name, args)) and is_low_precision(output.dtype):
             self._report("norm", "warning", name, f"the statistics of a norm are computed in {label}")
         elif name in _SCANS and is_low_precision(output.dtype):
             self._report("reduction", "warning", name, f"{name} accumulates in {label}")
@@ -173,7 +199,7 @@ class Hazards(TorchDispatchMode):
             severity: Severity = "error" if turn > 0.05 else "warning"
             message = f"angles in {label} are off by up to {turn:.2g} radians"
             self._report("angle", severity, name, message)
-        elif name in _PRODUCTS and output.dtype == first.dtype and output.numel():
+        elif name in _GROWING and output.dtype == first.dtype and output.numel():
             limit = torch.finfo(output.dtype).max
             # What a mask has filled in is not an activation.
             size = output.detach().abs()
@@ -228,10 +254,12 @@ class Hazards(TorchDispatchMode):
             if not source.is_complex() and not bool((output.to(source.dtype) == source).all()):
                 self._positions("_to_copy", output.dtype)
             return
+        label = _label(output.dtype)
+        if source.numel() == 1 and bool((source.detach() != 0) & (output.detach() == 0)):
+            self._report("eps", "error", "_to_copy", f"the constant {float(source):g} rounds to 0 in {label}")
         lost = output.detach().isinf() & source.detach().isfinite()
         if not bool(lost.any()):
             return
-        label = _label(output.dtype)
         lowest = torch.finfo(source.dtype).min
         if bool((source.detach()[lost] == lowest).all()):
             message = f"a mask of {lowest:g} becomes minus infinity in {label}: a row of it alone gives NaN"
@@ -265,6 +293,37 @@ class Hazards(TorchDispatchMode):
         self._report("positions", "error", name, f"integers are not exact in {_label(dtype)}")
 
 
+class Literals(TorchFunctionMode):
+    """Watches Python numbers that become half before any operation: `scores[hidden] = -1e9`, `torch.tensor(1e-12)`.
+
+    Args:
+        report: called with kind, severity, operation and message.
+    """
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self._report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Judge the number and call the function."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__setitem__:
+            self._judge("setitem", args[2], args[0].dtype)
+        elif func is torch.tensor and args:
+            self._judge("tensor", args[0], kwargs.get("dtype"))
+        return func(*args, **kwargs)
+
+    def _judge(self, name: str, number: object, dtype: torch.dtype | None) -> None:
+        if not isinstance(number, int | float) or dtype is None or not is_low_precision(dtype):
+            return
+        limit, label = torch.finfo(dtype).max, _label(dtype)
+        if limit < abs(number) < float("inf"):
+            message = f"the constant {number:g} is beyond the range of {label} ({limit:g}); use mask_value(dtype)"
+            self._report("constant", "error", name, message)
+        elif number != 0 and _rounded(number, dtype) == 0:
+            self._report("eps", "error", name, f"the constant {number:g} rounds to 0 in {label}")
+
+
 def _result_dtype(inputs: list[Tensor], kwargs: Any) -> torch.dtype | None:
     given = kwargs.get("dtype")
     if isinstance(given, torch.dtype):
@@ -279,6 +338,11 @@ def _rounded(number: float, dtype: torch.dtype) -> float:
     # Without a tensor operation, which the mode would see: half of the smallest subnormal and less is 0.
     info = torch.finfo(dtype)
     return 0.0 if abs(number) <= info.smallest_normal * info.eps / 2 else number
+
+
+def _is_root(name: str, args: Any) -> bool:
+    """Whether the operation is x**0.5 or x**-0.5."""
+    return name == "pow" and isinstance(args[1], float) and abs(args[1]) == 0.5
 
 
 def _counts(values: Tensor) -> bool:
