@@ -208,6 +208,46 @@ def test_a_dynamic_scale_skips_even_with_raise_until_it_is_one():
         step(inputs(0) * math.inf)
 
 
+def test_a_dynamic_scale_goes_on_after_an_error_at_the_end_of_a_cycle():
+    model = net()
+    step = TrainStep(model, square_loss, adamw(model), loss_scale="dynamic", on_nonfinite="raise")
+    step.load_state_dict({"scale": 1.0, "scaler": {**step.state_dict()["scaler"], "scale": 1.0}})
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="nothing was updated"):
+            step(inputs(0) * math.inf)
+    assert step(inputs(0))[1].updated
+    assert step.scale == 1.0
+
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            raise KeyError("stop")
+
+    model = net()
+    step = TrainStep(model, square_loss, Fails(model.parameters(), lr=0.1), loss_scale="dynamic")
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            step(inputs(0))
+
+
+@pytest.mark.parametrize("loss_scale", [None, 1024.0, "dynamic"])
+def test_sparse_gradients_are_unscaled_and_clipped(loss_scale):
+    found = []
+    tokens = torch.tensor([1, 2, 1, 4])
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(6, 3, sparse=sparse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        step = TrainStep(model, square_loss, optimizer, loss_scale=loss_scale, clip_norm=0.1, on_nonfinite="raise")
+        records = [step(tokens)[1] for _ in range(2)]
+        assert all(record.updated and record.grad_norm > 0.1 for record in records)
+        found.append((model.weight.detach(), records[-1].grad_norm))
+        if loss_scale != "dynamic":
+            step._loss_fn = lambda model, tokens: square_loss(model, tokens) * math.nan
+            with pytest.raises(RuntimeError, match=r"parameters: weight$"):
+                step(tokens)
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_static_scale_and_no_scale_take_the_same_steps_in_float32():
     """A power of two scales and unscales without rounding."""
     found = []
@@ -453,6 +493,32 @@ def test_a_failing_compiler_is_a_warning_and_the_step_is_done(fails_in):
         plain(inputs(1))
         step(inputs(1))
     assert same(values(first), values(second))
+
+
+def test_a_failing_compiler_leaves_no_trace_in_buffers_and_random_numbers():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no code for this backward")
+
+    def backend(graph, examples):
+        return lambda *arguments: tuple(Fails.apply(one) if one.requires_grad else one for one in graph(*arguments))
+
+    found = []
+    for compile in (False, {"backend": backend}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        step = TrainStep(model, square_loss, adamw(model), compile=compile)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step(inputs(0))
+        found.append([value.clone() for value in model.state_dict().values()])
+    assert step.compile_report.kept == "eager"
+    assert same(*found)
 
 
 def test_an_error_of_the_model_is_the_models():

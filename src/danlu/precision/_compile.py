@@ -90,6 +90,24 @@ def wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def _snapshot(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """A function that gives the model its buffers and the generators their states of now back."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    state = torch.get_rng_state()
+    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    on_device = None if module is None else module.get_rng_state(device)
+
+    def undo() -> None:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(state)
+        if module is not None:
+            module.set_rng_state(on_device, device)
+
+    return undo
+
+
 class Compiler:
     """Runs a forward and backward pass with the model or its compiled form, and decides between them.
 
@@ -161,6 +179,7 @@ class Compiler:
         from torch._dynamo.utils import counters
 
         before = dict(counters["graph_break"])
+        undo = _snapshot(self._model, self._device)
         took: list[float] = []
         try:
             self._compiled = torch.compile(self._model, **self._options)
@@ -168,6 +187,7 @@ class Compiler:
             result = self._timed(lambda: run(compiled), took)
         except Exception as error:
             restart()
+            undo()
             result = run(self._model)
             # The first line names the backend, the second its error; some list every option there is.
             told = " ".join(line.strip() for line in str(error).splitlines()[:2])

@@ -252,7 +252,22 @@ class TrainStep:
         self._micro = 0
         scale = self._scale
         grads = self._unscaled_gradients()
-        norm = torch.nn.utils.get_total_norm([g.float() if is_low_precision(g.dtype) else g for g in grads])
+        try:
+            norm, finite = self._advance(grads, scale)
+        except BaseException:
+            if self._scaler is not None:
+                # It must forget that it has unscaled these gradients; the scale stays.
+                self._scaler.update(scale)
+            raise
+        if self._scaler is not None:
+            self._scaler.update()
+            self._scale = self._scaler.get_scale()
+        return StepRecord(scale, updated=finite, skipped=not finite, grad_norm=norm)
+
+    def _advance(self, grads: list[Tensor], scale: float) -> tuple[Tensor, bool]:
+        """The norm of the unscaled gradients, and whether it is finite and the update was made."""
+        values = [_values(grad) for grad in grads]
+        norm = torch.nn.utils.get_total_norm([g.float() if is_low_precision(g.dtype) else g for g in values])
         finite = bool(torch.isfinite(norm))
         if not finite and self.on_nonfinite == "raise" and (self._scaler is None or scale <= 1):
             raise RuntimeError(self._complaint())
@@ -267,10 +282,7 @@ class TrainStep:
                 self.scheduler.step()
             # Under an outer autocast context the casts of the old weights would live on.
             torch.clear_autocast_cache()
-        if self._scaler is not None:
-            self._scaler.update()
-            self._scale = self._scaler.get_scale()
-        return StepRecord(scale, updated=finite, skipped=not finite, grad_norm=norm)
+        return norm, finite
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
@@ -278,6 +290,10 @@ class TrainStep:
     def _unscaled_gradients(self) -> list[Tensor]:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
+        for param in self._params():
+            if param.grad is not None and param.grad.is_sparse:
+                # Before anything is summed up: a row may occur several times.
+                param.grad = param.grad.coalesce()
         grads = [param.grad for param in self._params() if param.grad is not None]
         if self._scaler is None and self._scale != 1.0:
             for grad in grads:
@@ -288,10 +304,15 @@ class TrainStep:
         bad = [
             name
             for name, param in self.model.named_parameters()
-            if param.grad is not None and not bool(torch.isfinite(param.grad).all())
+            if param.grad is not None and not bool(torch.isfinite(_values(param.grad)).all())
         ]
         shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
         return (
             f"the gradient is not finite, nothing was updated (on_nonfinite='raise', precision={self.precision!r}, "
             f"scale {self._scale:g}); parameters: {shown or 'none, only their norm'}"
         )
+
+
+def _values(grad: Tensor) -> Tensor:
+    """The numbers of a gradient; those that a sparse one holds."""
+    return grad.coalesce().values() if grad.is_sparse else grad
