@@ -176,6 +176,11 @@ def test_warnings():
     assert any(one.startswith("E is not identified: 95 % interval") for one in bare.warnings)
     flat = fit_power_law(X, noisy(torch.full_like(X, 2.0), 0.05, 1), irreducible=False)
     assert any(one.startswith("alpha is not distinguished from 0") for one in flat.warnings)
+    constant = fit_power_law([1.0, 10.0, 100.0, 1000.0], [1.0, 1.0, 1.0, 1.0])
+    assert [one.split(":")[0] for one in constant.warnings] == [
+        "alpha is not distinguished from 0",
+        "E is not identified",
+    ]
     vague = fit_power_law(X, noisy(Y, 0.1, 1))
     assert any("uncertain by more than 30 %" in one or "not distinguished" in one for one in vague.warnings)
     assert fit_power_law(X[:4], Y[:4], bootstrap=0).intervals == {}

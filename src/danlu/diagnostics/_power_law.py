@@ -22,6 +22,8 @@ _CONFIDENCE = 0.95
 _DELTA = 1e-3
 # Half-width of an interval, relative to its estimate, beyond which a number is not worth quoting.
 _TOO_WIDE = 0.3
+# Below it an exponent is 0: it changes no y by more than its rounding.
+_ROUNDING = 1e-12
 # A replicate starts from the fit itself and from some of the starts of the fit.
 _REPLICATE_STARTS = 3
 
@@ -191,8 +193,8 @@ def fit_power_law(
 
     Returns:
         The fit. Its `warnings` say when $x$ spans less than a decade, when $E$ is not identified (its interval
-        reaches to 1 % of the smallest $y$, or is wider than $\pm 30$ %), and when the interval of $\alpha$ is that
-        wide or includes 0.
+        reaches to 1 % of the smallest $y$, is wider than $\pm 30$ %, or that of $\alpha$ includes 0), and when the
+        interval of $\alpha$ is that wide or includes 0.
 
     Raises:
         TypeError: an argument is not of its type.
@@ -479,15 +481,20 @@ def _range_warnings(places: Mapping[str, Tensor]) -> list[str]:
 
 def _warnings(values: Mapping[str, float], intervals: Mapping[str, Interval], smallest: float) -> list[str]:
     found = []
+    constant_term = False
     for name, value in values.items():
         if name not in intervals:
             continue
         low, high = intervals[name]
+        # Without noise an exponent of 0 comes out as a rounding error, with an interval of no width.
+        flat = low - _ROUNDING <= 0 <= high + _ROUNDING
         wide = high - low > 2 * _TOO_WIDE * abs(value)
         shown = f"95 % interval {low:.3g} to {high:.3g}"
-        if name == "E" and (low < 0.01 * smallest or wide):
+        # A term that does not fall cannot be told from E.
+        constant_term |= name != "E" and flat
+        if name == "E" and (low < 0.01 * smallest or wide or constant_term):
             found.append(f"E is not identified: {shown}, smallest value {smallest:.3g}")
-        elif name != "E" and low <= 0 <= high:
+        elif name != "E" and flat:
             found.append(f"{name} is not distinguished from 0: {shown}")
         elif name != "E" and wide:
             found.append(f"{name} is uncertain by more than {100 * _TOO_WIDE:.0f} %: {shown}")
