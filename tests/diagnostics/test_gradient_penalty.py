@@ -115,6 +115,9 @@ def test_dead_network_is_degenerate_and_free_of_nan():
     zero = gradient_penalty_bound(mlp(2, 8), x, lambda z: 0 * z.sum(1))
     assert (zero.ratio == 0).all()
     assert zero.degenerate.all()
+    constant = gradient_penalty_bound(mlp(2, 8), x, lambda z: torch.ones(len(z)))
+    assert (constant.ratio == 0).all()
+    assert constant.degenerate.all()
     assert not gradient_penalty_bound(mlp(2, 8), x, functional("linear", 5, 4)).degenerate.any()
 
 
@@ -179,6 +182,7 @@ def rows(z: Tensor) -> Tensor:
         (nn.Linear(2, 1), torch.ones(4, 1, 2), rows, ValueError, r"put nn\.Flatten\(\) before it"),
         (nn.Linear(2, 1), torch.ones(2), rows, ValueError, "samples as first axis"),
         (nn.Linear(2, 1), torch.ones(1, 2).long(), rows, TypeError, "x must be a floating-point tensor"),
+        (nn.Linear(2, 1).half(), torch.ones(1, 2).half(), rows, TypeError, "x must be float32 or float64"),
         (nn.Linear(2, 1), torch.ones(1, 2), torch.sum, ValueError, r"shape \(1,\), got \(\)"),
         (nn.Linear(2, 1), torch.ones(1, 2), 3, TypeError, "f must be callable"),
     ],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from danlu._common.checks import check_floating, check_integer
+from danlu._common.checks import check_floating, check_integer, is_low_precision
 
 __all__ = ["GradientPenaltyBound", "gradient_penalty_bound"]
 
@@ -125,7 +125,7 @@ def gradient_penalty_bound(
         [`GradientPenaltyBound`][danlu.diagnostics.GradientPenaltyBound], without a graph.
 
     Raises:
-        TypeError: `x` is not floating, or the model has a layer that is none of the above; it is named.
+        TypeError: `x` is not float32 or float64, or the model has a layer that is none of the above; it is named.
         ValueError: Dropout in training mode, no Linear layer, or a shape that does not fit.
 
     Numerics:
@@ -152,6 +152,8 @@ def gradient_penalty_bound(
         True
     """
     check_floating("x", x)
+    if is_low_precision(x.dtype):
+        raise TypeError(f"x must be float32 or float64, since spectral norms have no kernel in {x.dtype}")
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     if power_iters is not None:
@@ -166,11 +168,13 @@ def gradient_penalty_bound(
         if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"f must give one value per sample, shape ({x.shape[0]},), got {shape}")
-        grads = torch.autograd.grad(values.sum(), [given, *outputs], allow_unused=True)
+        sources = [given, *outputs]
+        # A constant f has no graph.
+        known = torch.autograd.grad(values.sum(), sources, allow_unused=True) if values.requires_grad else ()
+        grads = known or (None,) * len(sources)
     with torch.no_grad():
         d_x, *deltas = [
-            torch.zeros_like(tensor) if grad is None else grad
-            for tensor, grad in zip([given, *outputs], grads, strict=True)
+            torch.zeros_like(tensor) if grad is None else grad for tensor, grad in zip(sources, grads, strict=True)
         ]
         input_gradient = d_x.flatten(1).square().sum(1)
         chain = _Chain([linear.weight.detach() for linear in linears], slopes)
