@@ -115,6 +115,23 @@ def test_bad_arguments_of_the_input_penalty(loss, inputs, options, error, match)
         input_gradient_penalty(loss, inputs, **options)
 
 
+def test_an_empty_batch_has_no_penalties():
+    x = torch.zeros(0, 3, requires_grad=True)
+    assert input_gradient_penalty(x.square().sum(1), x, reduction="none").shape == (0,)
+    assert input_gradient_penalty(x.square().sum(1), x, reduction="sum") == 0
+
+
+def test_float16_losses_are_refused_for_parameters():
+    """A loss that is there already cannot be computed again in float32, as a function is."""
+    model, (x, y) = mlp(torch.float32), batch(torch.float32)
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="float16 is too narrow"):
+        parameter_gradient_penalty(F.cross_entropy(model(x), y), model)
+    with pytest.raises(ValueError, match="float16 is too narrow"):
+        parameter_gradient_penalty(F.cross_entropy(model(x), y).half(), model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parameter_gradient_penalty(F.cross_entropy(model(x), y), model)
+
+
 def test_autocast_to_float16_is_refused_for_inputs():
     x = torch.ones(2, 3, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="float16 is too narrow"):

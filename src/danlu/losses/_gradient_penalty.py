@@ -6,6 +6,7 @@ Regularization", arXiv 2009.11162.
 Shape letters: `B` samples; `...` the axes of one sample.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -93,13 +94,7 @@ def input_gradient_penalty(loss: Tensor, inputs: Tensor, *, reduction: Reduction
             "loss must hold one value per sample or be their mean, "
             f"got loss {tuple(loss.shape)} and inputs {tuple(inputs.shape)}"
         )
-    kind = inputs.device.type
-    casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    if casting or torch.float16 in (loss.dtype, inputs.dtype):
-        raise ValueError(
-            "float16 is too narrow for derivatives of gradients: compute the unscaled loss in float32 "
-            "(torch.autocast(..., enabled=False)), or use bfloat16"
-        )
+    _check_not_float16(loss, inputs.dtype)
     grad = differentiable_gradients(loss, [inputs])[0]
     if grad is None:
         raise ValueError(
@@ -156,7 +151,8 @@ def parameter_gradient_penalty(
         TypeError: `loss` is a tensor where a function is needed.
         ValueError: an option is out of its range or has no effect with the others; `model` has no trainable parameters;
             a layer is not supported per sample (unknown kind, tied parameters, BatchNorm in training); parameters are
-            sharded (DTensor), which only finite differences support, or float16 or bfloat16, which they do not.
+            sharded (DTensor), which only finite differences support, or float16 or bfloat16, which they do not;
+            `loss` is a tensor in float16, or given inside autocast to it.
         RuntimeError: the model has no second derivative, an in-place operation destroyed it, or parameters were used
             outside of the modules that own them. The message names the remedy.
 
@@ -197,6 +193,7 @@ def parameter_gradient_penalty(
         check_not_sharded(params)
         if isinstance(loss, Tensor):
             check_floating("loss", loss)
+            _check_not_float16(loss)
             return loss.mean(), _batch_penalty(loss.mean(), params)
     if not callable(loss) or isinstance(loss, nn.Module):
         raise TypeError(
@@ -442,10 +439,21 @@ def _check_parameter_options(method: str, scope: str, radius: float, central: bo
         )
 
 
+def _check_not_float16(loss: Tensor, *dtypes: torch.dtype) -> None:
+    """Raise if a loss that is there already, or its graph, is likely to be float16."""
+    kind = loss.device.type
+    casting = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    if casting or torch.float16 in (loss.dtype, *dtypes):
+        raise ValueError(
+            "float16 is too narrow for derivatives of gradients: compute the unscaled loss in float32 "
+            "(torch.autocast(..., enabled=False)), or use bfloat16"
+        )
+
+
 def _square_sum(tensor: Tensor) -> Tensor:
     """Sum of squares over all axes but the first."""
     wide = tensor.float() if is_low_precision(tensor.dtype) else tensor
-    return wide.reshape(len(wide), -1).square().sum(1)
+    return wide.reshape(len(wide), math.prod(wide.shape[1:])).square().sum(1)
 
 
 def _batch_penalty(loss: Tensor, params: list[Tensor]) -> Tensor:
