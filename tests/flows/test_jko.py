@@ -88,6 +88,15 @@ def test_one_particle_and_identical_particles():
     assert float(many.std(unbiased=False)) == pytest.approx(math.sqrt(0.5), rel=0.01)
 
 
+@pytest.mark.parametrize("count", [1, 6])
+def test_map_of_one_place_moves_it_as_the_potential_does(count):
+    """A Jacobian at one place is free of charge, and would be noise of the first weights."""
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        y = jko_step(torch.ones(count, 2, dtype=F64), NORMAL, 0.1, method="map", generator=generator)
+        torch.testing.assert_close(y, torch.full_like(y, 1 / 1.1), rtol=1e-4, atol=0.0)
+
+
 def test_without_entropy_it_is_the_proximal_step():
     x = torch.tensor([-2.0, 0.5, 3.0], dtype=F64)
     y = jko_step(x, Potential(lambda x: x.cosh().sum(-1)), 0.3)

@@ -71,9 +71,9 @@ def jko_step(
 
     Numerics:
         "1d" is minimized by Newton's method in float64; the tridiagonal systems are solved by parallel cyclic
-        reduction. Particles in one place are pulled apart by the entropy. Where $V$ is concave its curvature is left
-        out of the Newton matrix, and the minimum found is a local one. "map" never returns a worse objective than
-        standing still. The result carries no graph.
+        reduction. Particles in one place are pulled apart by the entropy; "map" moves them as one. Where $V$ is
+        concave its curvature is left out of the Newton matrix, and the minimum found is a local one. "map" never
+        returns a worse objective than standing still. The result carries no graph.
 
     Cost:
         "1d": some 10 to 20 Newton steps of $O(N\log N)$. "map": `iterations` times $O(N (DH + D^2 H + D^3))$.
@@ -250,7 +250,12 @@ def _by_map(
     options = {"dtype": x.dtype, "device": x.device}
     # Units in the scale of the particles; the last layer is 0, so that the map starts as the identity.
     center = weights @ x
-    scale = (weights @ (x - center).square()).sqrt().clamp(min=math.sqrt(torch.finfo(x.dtype).eps))
+    spread = (weights @ (x - center).square()).sqrt()
+    floor = math.sqrt(torch.finfo(x.dtype).eps)
+    scale = spread.clamp(min=floor)
+    if not bool((spread > floor).any()):
+        # At a single place a map could only raise the entropy, without bound and by chance: it moves as one.
+        hidden, temperature, scale = 0, 0.0, torch.ones_like(scale)
     inputs = (x - center) / scale
     inner = torch.randn(hidden, dim, generator=generator, **options) / math.sqrt(dim)
     bias = torch.randn(hidden, generator=generator, **options)
