@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Literal, cast
 
 import torch
@@ -16,11 +17,14 @@ from danlu.lab.errors import TrialError
 from danlu.lab.tasks.training import generator
 from danlu.lab.trial import Fit, Options, Scalar
 
-__all__ = ["LogisticPosterior", "reference_posterior"]
+__all__ = ["LogisticPosterior", "reference_posterior", "step_lengths"]
 
 _DENSITIES = ("langevin", "blob", "svgd", "gaussian")
+_KERNELS = ("blob", "svgd")
 # Of the reference: chains, steps that are thrown away, and steps that are kept.
 _CHAINS, _BURN_IN, _KEPT = 1000, 100, 200
+# Times of a run at which the covariance is kept: every hundredth of its flow time.
+_RECORDS = 100
 
 
 class _Target:
@@ -113,13 +117,24 @@ class _Particles(nn.Module):
         self.x = nn.Parameter(x)
 
 
-class _FlowFit:
-    """Particles under a flow, one step of it per step."""
+def step_lengths(steps: int, dt: float, growth: float) -> list[float]:
+    """A geometric sequence with mean `dt`, whose last member is `growth` times the first."""
+    powers = [growth ** (k / max(1, steps - 1)) for k in range(steps)]
+    scale = dt * steps / sum(powers)
+    return [scale * power for power in powers]
 
-    def __init__(self, x: Tensor, flow: WassersteinFlow, target: _Target, dt: float, seed: int) -> None:
+
+class _FlowFit:
+    """Particles under a flow, one step of it per step, and their covariance at `_RECORDS` times of the run."""
+
+    def __init__(self, x: Tensor, flow: WassersteinFlow, target: _Target, lengths: list[float], seed: int) -> None:
         self.model: nn.Module = _Particles(x)
         self.target = target
-        self._flow, self._dt, self._seed = flow, dt, seed
+        self.covariances = x.new_full((_RECORDS, x.shape[1], x.shape[1]), math.nan)
+        self._flow, self._lengths, self._seed = flow, lengths, seed
+        # How many records are due after so many steps; rounding must not delay one.
+        passed = list(accumulate(lengths, initial=0.0))
+        self._due = [int(_RECORDS * time / passed[-1] * (1 + 1e-9)) for time in passed]
 
     @property
     def x(self) -> Tensor:
@@ -129,25 +144,29 @@ class _FlowFit:
     @torch.no_grad()
     def step(self, index: int) -> dict[str, float]:
         """One step; the point of the curve is the mean negative log density before it."""
-        x = self.x.detach()
+        x, dt = self.x.detach(), self._lengths[index]
         loss = -float(self.target(x).mean())
         try:
             random = generator("langevin", self._seed, index)
-            self.x.copy_(self._flow.step(x, self._dt, generator=random if self._flow.density == "langevin" else None))
+            self.x.copy_(self._flow.step(x, dt, generator=random if self._flow.density == "langevin" else None))
         except RuntimeError:
             # The step is too long for the flow: the particles are lost, and the fit counts as diverged.
             self.x.fill_(math.nan)
             loss = math.nan
+        first, last = self._due[index : index + 2]
+        if last > first:
+            self.covariances[first:last] = self.x.T.cov(correction=0)
         return {"train_loss": loss}
 
     def state(self) -> dict[str, object]:
-        """The particles."""
-        return {"x": self.x.detach()}
+        """The particles and what was recorded of them."""
+        return {"x": self.x.detach(), "covariances": self.covariances}
 
     def load(self, state: dict[str, object]) -> None:
         """Restore what `state` returned."""
         with torch.no_grad():
             self.x.copy_(cast("Tensor", state["x"]))
+            self.covariances.copy_(cast("Tensor", state["covariances"]))
 
     def optimizer_state(self) -> Iterator[Tensor]:
         """None: a flow remembers nothing."""
@@ -158,10 +177,14 @@ class _FlowFit:
 class LogisticPosterior:
     """Bayesian logistic regression on the breast cancer data, prior N(0, I), 31 dimensions.
 
-    Particles start as draws of the prior; every step takes one gradient of the log posterior per particle. Metrics
-    against a reference sampled for long: `mean_error` (distance of the means over the root of the trace of the
-    covariance), `covariance_error` (Frobenius norm of the difference over that of the covariance), `variance_ratio`
-    (trace over trace), and `negative_log_likelihood` of held-out labels (nats per label).
+    Particles start as draws of the prior; every step takes one gradient of the log posterior per particle. `dt` is the
+    mean length of the steps, so that the flow time is `steps * dt` whatever their `growth`, the last length over the
+    first; `bandwidth` is that of the kernels, a number or "median". Metrics against a reference sampled for long:
+    `mean_error` (distance of the means over the root of the trace of the covariance), `covariance_error` (Frobenius
+    norm of the difference over that of the covariance), `variance_ratio` (trace over trace), and
+    `negative_log_likelihood` of held-out labels (nats per label). Three more errors of the covariance tell whether the
+    cloud has come to rest: `@half` at half of the flow time, `@late`, the mean from there to the end, and `@least`, the
+    smallest on the way.
     """
 
     train: int = 400
@@ -174,7 +197,13 @@ class LogisticPosterior:
     @property
     def fit_options(self) -> Options:
         """Options of the fit."""
-        own: dict[str, Scalar] = {"density": "langevin", "dt": 0.005, "particles": 300}
+        own: dict[str, Scalar] = {
+            "density": "langevin",
+            "bandwidth": "median",
+            "dt": 0.008,
+            "growth": 1.0,
+            "particles": 300,
+        }
         return own
 
     @property
@@ -194,9 +223,14 @@ class LogisticPosterior:
             raise TrialError(f"unknown density {density!r}; known: {', '.join(_DENSITIES)}")
         target = _Target(seed, self.train, torch.float32)
         shape = (int(options["particles"]), target.rows["train"].shape[1])
-        flow = WassersteinFlow(KL(target), density=cast("Literal['langevin', 'blob', 'svgd', 'gaussian']", density))
+        bandwidth: float | None = None
+        if density in _KERNELS and options["bandwidth"] != "median":
+            bandwidth = float(options["bandwidth"])
+        name = cast("Literal['langevin', 'blob', 'svgd', 'gaussian']", density)
+        flow = WassersteinFlow(KL(target), density=name, bandwidth=bandwidth)
         x = torch.randn(shape, generator=generator("prior", seed))
-        return _FlowFit(x, flow, target, float(options["dt"]), seed)
+        dt, growth = float(options["dt"]), float(options["growth"])
+        return _FlowFit(x, flow, target, step_lengths(steps, dt, growth), seed)
 
     def evaluate(
         self, fit: Fit, *, seed: int, split: Literal["validation", "test"], options: Options
@@ -207,9 +241,13 @@ class LogisticPosterior:
         mean, covariance = reference_posterior(seed, self.train)
         found = x.T.cov(correction=0)
         trace = covariance.trace()
+        course = (run.covariances.double() - covariance).norm(dim=(1, 2)) / covariance.norm()
         return {
             "mean_error": float((x.mean(0) - mean).norm() / trace.sqrt()),
             "covariance_error": float((found - covariance).norm() / covariance.norm()),
+            "covariance_error@half": float(course[_RECORDS // 2 - 1]),
+            "covariance_error@late": float(course[_RECORDS // 2 - 1 :].mean()),
+            "covariance_error@least": float(course.nan_to_num(math.inf).min()),
             "variance_ratio": float(found.trace() / trace),
             "negative_log_likelihood": run.target.negative_log_likelihood(run.x.detach(), split),
         }
