@@ -82,6 +82,8 @@ def test_metrics_of_particles_drawn_from_the_reference(monkeypatch):
     assert found["mean_error"] < 0.04
     assert found["covariance_error"] < 0.12
     assert found["variance_ratio"] == pytest.approx(1, abs=0.02)
+    log_density = _Target(0, 400, torch.float64)(fit.model.x.detach().double())
+    assert found["log_density_deviation"] == pytest.approx(float(log_density.std()), rel=1e-4)
     with torch.no_grad():
         fit.model.x.zero_()
     found = TASK.evaluate(fit, seed=0, split="test", options={})

@@ -182,9 +182,10 @@ class LogisticPosterior:
     first; `bandwidth` is that of the kernels, a number or "median". Metrics against a reference sampled for long:
     `mean_error` (distance of the means over the root of the trace of the covariance), `covariance_error` (Frobenius
     norm of the difference over that of the covariance), `variance_ratio` (trace over trace), and
-    `negative_log_likelihood` of held-out labels (nats per label). Three more errors of the covariance tell whether the
-    cloud has come to rest: `@half` at half of the flow time, `@late`, the mean from there to the end, and `@least`, the
-    smallest on the way.
+    `negative_log_likelihood` of held-out labels (nats per label). `log_density_deviation` is the standard deviation of
+    the log density over the particles, in nats: moments may match where it tells that the cloud is no sample. Three
+    more errors of the covariance tell whether the cloud has come to rest: `@half` at half of the flow time, `@late`,
+    the mean from there to the end, and `@least`, the smallest on the way.
     """
 
     train: int = 400
@@ -249,5 +250,6 @@ class LogisticPosterior:
             "covariance_error@late": float(course[_RECORDS // 2 - 1 :].mean()),
             "covariance_error@least": float(course.nan_to_num(math.inf).min()),
             "variance_ratio": float(found.trace() / trace),
+            "log_density_deviation": float(run.target(run.x.detach()).std()),
             "negative_log_likelihood": run.target.negative_log_likelihood(run.x.detach(), split),
         }
