@@ -49,7 +49,7 @@ TRIAL = Trial(
         "that passes by the right covariance and goes on is not chosen for that. At rest `covariance_error` equals "
         "its value at `@half` of the time; `@least` is the best on the way. Langevin's error is the noise of 300 "
         "independent draws in 31 dimensions, 0.27 to 0.30; only the last cloud counts. Two moments are not the law: "
-        "`log_density_deviation` is right for Langevin up to its noise, and tells how far the other clouds are from a "
-        "sample."
+        "`log_density_deviation` is near the posterior's for Langevin, whose steps are finite, and tells how far the "
+        "other clouds are from a sample."
     ),
 )
