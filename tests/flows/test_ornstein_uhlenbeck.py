@@ -17,6 +17,7 @@ def test_golden_values():
     found = ornstein_uhlenbeck(A, MU, M0, S0, torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=F64))
     # By hand: tr(A S0) = 1.22, det(A S0) = 0.2296, quadratic form 16.2. It is 8.445708307 and not 8.445708267.
     start = (1.22 - 2 - math.log(0.2296) + 16.2) / 2
+    assert start == pytest.approx(8.445708307, abs=5e-10)
     golden = torch.tensor([start, 3.072697421, 1.391406039, 0.323144260], dtype=F64)
     torch.testing.assert_close(found.kl, golden, rtol=0, atol=6e-10)
     found = ornstein_uhlenbeck(A, MU, M0, S0, torch.tensor([0.1, 0.5, 1.0], dtype=F64))
