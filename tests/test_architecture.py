@@ -24,6 +24,7 @@ FAMILIES = sorted(
 
 # Files of a family that are not methods, with the reason why they have no trial of their own.
 NO_TRIAL = {
+    "attention/bands": "how ReRoPE is computed; the trial attention/rerope measures the method",
     "attention/masks": "visibility rules shared by the attention functions",
     "diagnostics/bfgs": "the minimizer of the fits",
     "diagnostics/sum_of_powers": "what the fits share",

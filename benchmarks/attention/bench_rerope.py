@@ -1,0 +1,100 @@
+"""ReRoPE in bands beside causal `scaled_dot_product_attention` and the published form with two score matrices.
+
+8 heads of 64 channels, one thread, interleaved in one process. `scaled_dot_product_attention` gets queries and keys
+that are rotated already; ours rotates them, too. The floor is the work of one causal attention: every visible pair is
+scored once. The published form holds some 10 GiB of scores at 4096 positions, and is left out beyond. Then the peak of
+the memory, each in a fresh process.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from _measure import PeakMemory, in_fresh_process, interleave, run_tests, save, show, summary
+from danlu.attention import rerope_attention, rope_attention
+
+HEADS, DIM, ROUNDS = 8, 64, 5
+LENGTHS = [4096, 8192]
+MEMORY_LENGTHS = [2048, 4096, 8192, 16384]
+
+
+def tensors(length: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, HEADS, length, DIM, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def candidates(length: int) -> dict[str, Callable[..., Tensor]]:
+    window = length // 8
+    return {
+        "torch SDPA, causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "danlu RoPE": rope_attention,
+        "danlu ReRoPE": lambda q, k, v: rerope_attention(q, k, v, window=window),
+        "danlu Leaky ReRoPE": lambda q, k, v: rerope_attention(q, k, v, window=window, slope=0.25),
+        "two score matrices (reference)": lambda q, k, v: rerope_attention(q, k, v, window=window, backend="reference"),
+    }
+
+
+def forward(attention: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return attention(*inputs)
+
+    return run
+
+
+def both(attention: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    def run() -> object:
+        return torch.autograd.grad(attention(*inputs).sum(), inputs)
+
+    return run
+
+
+def peak(name: str, length: int) -> None:
+    """Run in a fresh process: elements held at the peak of forward and backward, in units of L H d."""
+    torch.set_num_threads(1)
+    attention, inputs = candidates(length)[name], tensors(length)
+    small = tensors(600)
+    torch.autograd.grad(candidates(600)[name](*small).sum(), small)
+    with PeakMemory() as memory:
+        torch.autograd.grad(attention(*inputs).sum(), inputs)
+    print(json.dumps({"units": memory.extra / (4 * length * HEADS * DIM)}))
+
+
+def main() -> None:
+    run_tests("tests/attention")
+    torch.set_num_threads(1)
+    content = {}
+    for length in LENGTHS:
+        for title, make in (("forward", forward), ("forward and backward", both)):
+            inputs = tensors(length)
+            found = {
+                name: f for name, f in candidates(length).items() if length <= LENGTHS[0] or "matrices" not in name
+            }
+            runs = {name: make(attention, inputs) for name, attention in found.items()}
+            rows = summary(interleave(runs, rounds=ROUNDS, warmup=1), "torch SDPA, causal")
+            for row in rows.values():
+                row["floor_ratio"] = 1.0
+            show(f"{title}, {length} positions, window {length // 8}, ratio to SDPA", rows)
+            content[f"{title} {length}"] = rows
+    memory = {}
+    for name in candidates(LENGTHS[0]):
+        if "matrices" not in name:
+            found = {n: in_fresh_process(__file__, "peak", name, str(n))["units"] for n in MEMORY_LENGTHS}
+            memory[name] = {f"L={n}": value for n, value in found.items()}
+    show("peak of forward and backward, elements over L H d (the three inputs are 3)", memory)
+    print(f"written to {save('rerope', {'times': content, 'memory': memory})}".replace(f"{Path.cwd()}/", ""))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["peak"]:
+        peak(sys.argv[2], int(sys.argv[3]))
+    else:
+        main()
