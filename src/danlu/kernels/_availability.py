@@ -10,11 +10,12 @@ from danlu.kernels import _cpp
 
 __all__ = ["Kernel", "explain", "status"]
 
-Kernel = Literal["amos", "sign_update", "step_size"]
+Kernel = Literal["amos", "linear_rows", "sign_update", "step_size"]
 
 # Which backends every kernel has.
 _BACKENDS: Mapping[str, tuple[str, ...]] = {
     "amos": ("cpp",),
+    "linear_rows": ("triton",),
     "sign_update": ("cpp", "triton"),
     "step_size": ("cpp",),
 }
