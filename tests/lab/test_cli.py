@@ -157,7 +157,7 @@ def test_full_disk_ends_in_one_line_and_goes_on_elsewhere(tmp_path):
 
 def test_interrupt_says_how_to_go_on(tmp_path):
     slow = tmp_path / "slow_trial.py"
-    slow.write_text(Path(TINY).read_text().replace("slow: float = 0.0", "slow: float = 0.05"))
+    slow.write_text(Path(TINY).read_text().replace("slow: float = 0.0", "slow: float = 0.2"))
     command = [sys.executable, "-m", "danlu", "run", str(slow), "--size", "ci", "--store", str(tmp_path / "store")]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
