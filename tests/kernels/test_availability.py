@@ -45,7 +45,7 @@ def test_reasons():
 def test_status_names_every_kernel_and_device():
     found = kernels.status()
     assert found["sign_update (cpu)"] == "ready"
-    cpp = {f"{name} (cpu)" for name in ("amos", "sign_update", "step_size")}
+    cpp = {f"{name} (cpu)" for name in ("amos", "sign_update", "squareplus", "step_size")}
     assert set(found) == cpp | {"linear_rows (cuda)", "sign_update (cuda)"}
 
 

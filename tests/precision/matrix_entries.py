@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+import danlu.activations as activations
 import danlu.attention as attention
 import danlu.losses as losses
 import danlu.optim as optim
@@ -101,6 +102,10 @@ def linear(loss):
 
 
 OPERATIONS: dict[str, Operation] = {
+    "activations.SquarePlus": Operation(lambda x: activations.SquarePlus("softplus")(x), ((4, 7),)),
+    "activations.SquarePlus:in_place": Operation(lambda x: activations.SquarePlus(inplace=True)(x * 1.0), ((4, 7),)),
+    "activations.squareplus": Operation(lambda x, raw: activations.squareplus(x, raw.float().square()), ((4, 7), (1,))),
+    "activations.squareplus:cpp": Operation(lambda x: activations.squareplus(x, impl="cpp"), ((4, 7),)),
     "attention.ReRoPE": Operation(lambda q, k, v: attention.ReRoPE(window=3)(q, k, v, PADDING), QKV),
     "attention.rerope_attention": Operation(
         lambda q, k, v: attention.rerope_attention(q, k, v, window=3, slope=0.5, key_padding_mask=PADDING), QKV

@@ -10,13 +10,14 @@ from danlu.kernels import _cpp
 
 __all__ = ["Kernel", "explain", "status"]
 
-Kernel = Literal["amos", "linear_rows", "sign_update", "step_size"]
+Kernel = Literal["amos", "linear_rows", "sign_update", "squareplus", "step_size"]
 
 # Which backends every kernel has.
 _BACKENDS: Mapping[str, tuple[str, ...]] = {
     "amos": ("cpp",),
     "linear_rows": ("triton",),
     "sign_update": ("cpp", "triton"),
+    "squareplus": ("cpp",),
     "step_size": ("cpp",),
 }
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
