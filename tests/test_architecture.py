@@ -75,7 +75,13 @@ NO_TRIAL = {
     "precision/probe": "part of the report, see precision/precision",
     "precision/report": "a measurement; precision/precision publishes one",
     "precision/train_step": "its trials are precision/precision and precision/loss_scaling",
+    "simplex/entmax": "its trial is simplex/attention",
+    "simplex/entmax_rows": "what entmax and sparsemax share",
+    "simplex/perturb_max": "its trial is simplex/attention",
     "simplex/softmax": "the baseline of the trials of its relatives",
+    "simplex/sparse_softmax": "an arm",
+    "simplex/sparsemax": "an arm",
+    "simplex/taylor_softmax": "an arm",
 }
 # Private files whose tests are those of the public functions that use them.
 NO_TEST = {
@@ -101,6 +107,7 @@ NO_TEST = {
     "precision/hazards",
     "precision/modes",
     "precision/probe",
+    "simplex/entmax_rows",
 }
 
 PUBLIC = [(family, name) for family in FAMILIES for name in importlib.import_module(f"danlu.{family}").__all__]

@@ -38,15 +38,16 @@ def test_reasons():
     assert "layout" in kernels.explain("sign_update", p.to_sparse())
     assert "different devices" in kernels.explain("sign_update", p, torch.empty(2, device="meta"))
     assert "no kernel for device 'meta'" in kernels.explain("sign_update", torch.empty(2, device="meta"))
-    with pytest.raises(ValueError, match="name must be one of 'amos', 'linear_rows', 'sign_update'"):
+    with pytest.raises(ValueError, match="name must be one of 'amos', 'entmax', 'linear_rows'"):
         kernels.explain("sing_update", p)
 
 
 def test_status_names_every_kernel_and_device():
     found = kernels.status()
     assert found["sign_update (cpu)"] == "ready"
-    cpp = {f"{name} (cpu)" for name in ("amos", "sign_update", "squareplus", "step_size")}
-    assert set(found) == cpp | {"linear_rows (cuda)", "sign_update (cuda)"}
+    cpp = {f"{name} (cpu)" for name in ("amos", "entmax", "sign_update", "squareplus", "step_size")}
+    triton = {f"{name} (cuda)" for name in ("entmax", "linear_rows", "sign_update")}
+    assert set(found) == cpp | triton
 
 
 def test_without_a_compiler_the_step_falls_back_and_says_so_once(no_compiler):

@@ -137,10 +137,26 @@ OPERATIONS: dict[str, Operation] = {
     "losses.tailr_unbias": Operation(lambda p: losses.tailr_unbias(p, gamma=0.1), ((3, 7),), positive=True),
     "positions.RotaryEmbedding": Operation(lambda x: ROTARY(x), ((2, 6, 8),)),
     "positions.apply_rope": Operation(lambda x: positions.apply_rope(x, SLOTS, FREQUENCIES), ((2, 6, 8),)),
+    "simplex.Entmax": Operation(lambda z: simplex.Entmax(1.25)(z), ((4, 7),), tolerance=12.0),
+    "simplex.Entmax15": Operation(lambda z: simplex.Entmax15(dim=0)(z), ((4, 7),)),
+    "simplex.PerturbMax": Operation(lambda z: simplex.PerturbMax(noise="logistic")(z), ((4, 7),)),
+    "simplex.SparseSoftmax": Operation(lambda z: simplex.SparseSoftmax(p=0.8)(z), ((4, 7),)),
+    "simplex.Sparsemax": Operation(lambda z: simplex.Sparsemax()(z), ((4, 7),)),
+    "simplex.TaylorSoftmax": Operation(lambda z: simplex.TaylorSoftmax(order=4, shift="mean")(z), ((4, 7),)),
+    "simplex.entmax": Operation(
+        lambda z, a: simplex.entmax(z, 1.0 + a.float().sigmoid()), ((4, 7), (4, 1)), tolerance=16.0
+    ),
+    "simplex.entmax15": Operation(
+        lambda z: simplex.entmax15(z.masked_fill(TARGET[:4, None] == 2, -math.inf)), ((4, 7),)
+    ),
+    "simplex.perturb_max": Operation(lambda z: simplex.perturb_max(z, nodes=24), ((4, 7),)),
     "simplex.Softmax": Operation(lambda z: simplex.Softmax(temperature=0.5)(z), ((4, 7),)),
     "simplex.softmax": Operation(
         lambda z: simplex.softmax(z.masked_fill(TARGET[:4, None] == 2, -math.inf), temperature=2.0), ((4, 7),)
     ),
+    "simplex.sparse_softmax": Operation(lambda z: simplex.sparse_softmax(z, k=3), ((4, 7),)),
+    "simplex.sparsemax": Operation(lambda z: simplex.sparsemax(z, impl="reference"), ((4, 7),)),
+    "simplex.taylor_softmax": Operation(lambda z: simplex.taylor_softmax(z), ((4, 7),)),
 }
 
 
@@ -222,6 +238,8 @@ EXEMPT: dict[str, str] = {
     "optim.tie_embeddings": "changes modules, computes nothing; gradients of the tied model in test_tie_embeddings.py",
     "optim.tiger": "the function behind Tiger: it updates in place and has no gradient; run through the class",
     "positions.rope_frequencies": "a float64 table from integers, without an input that autocast could touch",
+    "simplex.Noise": "a record of two functions",
+    "simplex.perturb_argmax_sample": "counts of random draws, integers; its dtypes in test_perturb_max.py",
     "precision.CompileReport": "a record",
     "precision.Finding": "a record",
     "precision.ModeReport": "a record",

@@ -60,7 +60,8 @@ def check_real(
     number = float(value)
     below = number < low or (low_open and number == low)
     above = number > high or (high_open and number == high)
-    if not math.isfinite(number) or below or above:
+    # Comparisons and not math.isfinite: a compiler may hold the number as a symbol.
+    if not -math.inf < number < math.inf or below or above:
         left = "(" if low_open or low == -math.inf else "["
         right = ")" if high_open or high == math.inf else "]"
         interval = f"{left}{low:g}, {high:g}{right}"

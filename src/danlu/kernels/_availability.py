@@ -10,11 +10,12 @@ from danlu.kernels import _cpp
 
 __all__ = ["Kernel", "explain", "status"]
 
-Kernel = Literal["amos", "linear_rows", "sign_update", "squareplus", "step_size"]
+Kernel = Literal["amos", "entmax", "linear_rows", "sign_update", "squareplus", "step_size"]
 
 # Which backends every kernel has.
 _BACKENDS: Mapping[str, tuple[str, ...]] = {
     "amos": ("cpp",),
+    "entmax": ("cpp", "triton"),
     "linear_rows": ("triton",),
     "sign_update": ("cpp", "triton"),
     "squareplus": ("cpp",),

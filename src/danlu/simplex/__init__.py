@@ -1,5 +1,27 @@
 r"""Maps from scores to probability vectors, $\mathbb{R}^n \to \Delta^{n-1}$ along one axis."""
 
+from danlu.simplex._entmax import Entmax, Entmax15, entmax, entmax15
+from danlu.simplex._perturb_max import Noise, PerturbMax, perturb_argmax_sample, perturb_max
 from danlu.simplex._softmax import Softmax, softmax
+from danlu.simplex._sparse_softmax import SparseSoftmax, sparse_softmax
+from danlu.simplex._sparsemax import Sparsemax, sparsemax
+from danlu.simplex._taylor_softmax import TaylorSoftmax, taylor_softmax
 
-__all__ = ["Softmax", "softmax"]
+__all__ = [
+    "Entmax",
+    "Entmax15",
+    "Noise",
+    "PerturbMax",
+    "Softmax",
+    "SparseSoftmax",
+    "Sparsemax",
+    "TaylorSoftmax",
+    "entmax",
+    "entmax15",
+    "perturb_argmax_sample",
+    "perturb_max",
+    "softmax",
+    "sparse_softmax",
+    "sparsemax",
+    "taylor_softmax",
+]
