@@ -45,7 +45,7 @@ def test_reasons():
 def test_status_names_every_kernel_and_device():
     found = kernels.status()
     assert found["sign_update (cpu)"] == "ready"
-    cpp = {f"{name} (cpu)" for name in ("amos", "entmax", "sign_update", "squareplus", "step_size")}
+    cpp = {f"{name} (cpu)" for name in ("amos", "entmax", "sign_update", "soft_topk", "squareplus", "step_size")}
     triton = {f"{name} (cuda)" for name in ("entmax", "linear_rows", "sign_update")}
     assert set(found) == cpp | triton
 

@@ -22,6 +22,11 @@ CASES = {
     "entmax15:reference": partial(family.entmax15, impl="reference"),
     "perturb_max": family.perturb_max,
     "perturb_max:logistic": partial(family.perturb_max, noise="logistic"),
+    "soft_topk": partial(family.soft_topk, k=1),
+    "soft_topk:exp": partial(family.soft_topk, k=1, method="exp"),
+    "soft_topk:sigmoid": partial(family.soft_topk, k=1, method="sigmoid"),
+    "soft_topk:clip": partial(family.soft_topk, k=1, method="clip"),
+    "soft_topk:grad": partial(family.soft_topk, k=1, method="grad"),
     "softmax": family.softmax,
     "sparse_softmax": partial(family.sparse_softmax, p=0.8),
     "sparse_softmax:k": partial(family.sparse_softmax, k=1),
@@ -39,6 +44,7 @@ MODULES = {
     "Entmax": partial(family.Entmax, 1.3),
     "Entmax15": family.Entmax15,
     "PerturbMax": partial(family.PerturbMax, noise="logistic", nodes=32),
+    "SoftTopK": partial(family.SoftTopK, 1),
     "Softmax": family.Softmax,
     "SparseSoftmax": partial(family.SparseSoftmax, k=2),
     "Sparsemax": family.Sparsemax,
@@ -48,13 +54,14 @@ FUNCTION_OF = {
     "Entmax": partial(family.entmax, alpha=1.3),
     "Entmax15": family.entmax15,
     "PerturbMax": partial(family.perturb_max, noise="logistic", nodes=32),
+    "SoftTopK": partial(family.soft_topk, k=1),
     "Softmax": family.softmax,
     "SparseSoftmax": partial(family.sparse_softmax, k=2),
     "Sparsemax": family.sparsemax,
     "TaylorSoftmax": partial(family.taylor_softmax, order=4, shift="mean"),
 }
 # Not maps: a description of noise, and counts of random draws.
-NOT_A_MAP = {"Noise", "perturb_argmax_sample"}
+NOT_A_MAP = {"Noise", "TopKMethod", "log_esp", "perturb_argmax_sample"}
 
 functions = pytest.mark.parametrize("function", CASES.values(), ids=CASES.keys())
 

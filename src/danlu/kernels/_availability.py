@@ -10,7 +10,7 @@ from danlu.kernels import _cpp
 
 __all__ = ["Kernel", "explain", "status"]
 
-Kernel = Literal["amos", "entmax", "linear_rows", "sign_update", "squareplus", "step_size"]
+Kernel = Literal["amos", "entmax", "linear_rows", "sign_update", "soft_topk", "squareplus", "step_size"]
 
 # Which backends every kernel has.
 _BACKENDS: Mapping[str, tuple[str, ...]] = {
@@ -18,6 +18,7 @@ _BACKENDS: Mapping[str, tuple[str, ...]] = {
     "entmax": ("cpp", "triton"),
     "linear_rows": ("triton",),
     "sign_update": ("cpp", "triton"),
+    "soft_topk": ("cpp",),
     "squareplus": ("cpp",),
     "step_size": ("cpp",),
 }

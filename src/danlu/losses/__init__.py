@@ -2,6 +2,7 @@
 
 from danlu.losses._gradient_penalty import GradientPenalty, input_gradient_penalty, parameter_gradient_penalty
 from danlu.losses._linear import CrossEntropy, linear_loss
+from danlu.losses._subset import topk_multilabel_loss
 from danlu.losses._tailr import TaiLr, TaiLrLoss, linear_tailr_loss, tailr_loss, tailr_unbias
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "parameter_gradient_penalty",
     "tailr_loss",
     "tailr_unbias",
+    "topk_multilabel_loss",
 ]

@@ -104,6 +104,25 @@ inline F lerp(F from, F to, F weight) {
   return weight < F(0.5) ? from + weight * (to - from) : to - (to - from) * (F(1) - weight);
 }
 
+// exp for |x| <= 700 (double) and 80 (float): x = n ln 2 + r with |r| <= ln 2 / 2, then the series of exp(r).
+inline float exponential(float x) {
+  const float magic = 12582912.0f;
+  float n = (x * 1.44269504f + magic) - magic;
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float high = 1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)));
+  float sum = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * high)));
+  return sum * bits_as<float>((static_cast<int32_t>(n) + 127) << 23);
+}
+inline double exponential(double x) {
+  const double magic = 6755399441055744.0;
+  double n = (x * 1.4426950408889634 + magic) - magic;
+  double r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
+  double top = 1.0 / 3628800 + r * (1.0 / 39916800 + r * (1.0 / 479001600 + r * (1.0 / 6227020800)));
+  double high = 1.0 / 720 + r * (1.0 / 5040 + r * (1.0 / 40320 + r * (1.0 / 362880 + r * top)));
+  double sum = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * high)))));
+  return sum * bits_as<double>((static_cast<int64_t>(n) + 1023) << 52);
+}
+
 // The bits of a number without its sign, as an integer: in the order of magnitudes, with infinity and NaN last.
 template <class T>
 struct Magnitude;

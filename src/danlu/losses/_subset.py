@@ -1,0 +1,62 @@
+r"""The negative log-likelihood of a set of labels among all sets of its size.
+
+Source: "Softmax后传:寻找Top-K的光滑近似" (2024-09-19), section on the gradient form.
+
+Shape letters: `V` classes; `...` batch axes.
+"""
+
+import torch
+from torch import Tensor
+
+from danlu._common.checks import check_floating, check_same_device
+from danlu._common.reduction import Reduction, check_reduction, reduce_loss
+from danlu.simplex import log_esp
+
+__all__ = ["topk_multilabel_loss"]
+
+
+def topk_multilabel_loss(input: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    r"""Cross entropy of a set of labels against all sets with as many: softmax cross entropy for one label.
+
+    Definition:
+        $$L = \log \sum_{|S| = |T|} e^{\sum_{i \in S} x_i} - \sum_{i \in T} x_i$$
+        with $x$ = `input` and $T$ the classes where `target` is True. Its gradient is
+        [`soft_topk`][danlu.simplex.soft_topk]`(x, |T|, method="grad")` minus the indicator of $T$.
+
+    Args:
+        input: logits (nats), shape `(..., V)`, floating.
+        target: bool, shape of `input`, True = label; their number may differ between rows.
+        reduction: "mean" over the rows, "sum", or "none" for one loss per row.
+
+    Returns:
+        A scalar (nats), or shape `(...)` with "none"; float32 for half inputs, else dtype of `input`. Rows without
+        labels, or with all of them, have loss 0.
+
+    Raises:
+        TypeError: `input` is not floating or `target` not bool.
+        ValueError: shapes or devices differ, or an unknown `reduction`.
+
+    Numerics:
+        As in [`log_esp`][danlu.simplex.log_esp]. A label at a logit of $-\infty$ gives an infinite loss.
+
+    Source:
+        The article; compare arXiv 2210.01941 for distributions over subsets.
+
+    Example:
+        >>> import torch
+        >>> from danlu.losses import topk_multilabel_loss
+        >>> topk_multilabel_loss(torch.zeros(1, 4), torch.tensor([[True, True, False, False]])).exp()
+        tensor(6.)
+    """
+    check_floating("input", input)
+    if not isinstance(target, Tensor) or target.dtype != torch.bool:
+        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must be a bool tensor with True = label, got {kind}")
+    if input.ndim == 0 or target.shape != input.shape:
+        raise ValueError(f"target must have the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}")
+    check_same_device(input=input, target=target)
+    check_reduction(reduction, None)
+    total = log_esp(input, target.sum(-1, keepdim=True))
+    chosen = torch.where(target, input.to(total.dtype), 0.0).sum(-1)
+    keep = torch.ones_like(total, dtype=torch.bool)
+    return reduce_loss(total - chosen, keep, reduction, None)

@@ -1,0 +1,161 @@
+r"""Sums over subsets of size k: their logarithm, and the probability that an entry belongs to a random subset.
+
+Entries are shifted by $\lambda$ with $\sum_i \sigma(x_i - \lambda) = k$; the number of entries that independent coins
+with probabilities $q_i = \sigma(x_i - \lambda)$ choose is then $k$ in the mean, and the sums are read off its
+characteristic function by a short sum over the unit circle. Nothing is subtracted from anything of its size.
+
+Shape letters: `R` rows; `N` entries; `L` nodes on the circle.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danlu.simplex._topk_rows import threshold_rows
+
+__all__ = ["inclusion", "log_subset_sum"]
+
+# Complex numbers that one piece of the rows may take, 64 MiB.
+_PIECE = 1 << 22
+
+
+def inclusion(x: Tensor, k: Tensor) -> Tensor:
+    """Inclusion probabilities of rows of finite float64 scores, shape `(R, N)`, for whole `k`, shape `(R, 1)`."""
+    return _Inclusion.apply(x, k)
+
+
+def log_subset_sum(x: Tensor, k: Tensor) -> Tensor:
+    """Logarithm of the sum over subsets of size `k` of the exponentials of their sums, shape `(R, 1)`."""
+    return _LogSubsetSum.apply(x, k)
+
+
+def _nodes(x: Tensor, k: Tensor, variance: Tensor) -> Tensor:
+    """Angles of half of an odd number of nodes; beyond these many, aliases are below e^-30."""
+    n = x.shape[-1]
+    most = float(variance.max()) if variance.numel() else 0.0
+    count = min(n + 1, 12 + math.ceil(math.sqrt(100 + 60 * most)))
+    count += 1 - count % 2
+    return torch.arange((count + 1) // 2, dtype=torch.float64, device=x.device) * (2 * math.pi / count)
+
+
+def _circle(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""The shift, $a_{il}$ of shape `(R, L, N)`, the weights $\omega_l$ of shape `(R, L)`, and $\log P(K = k)$."""
+    shift = threshold_rows(x.detach(), k, "sigmoid")[1]
+    d = x - shift
+    q = d.detach().sigmoid()
+    angles = _nodes(x, k, (q * (1 - q)).sum(-1))
+    # log(1 - q + q w) = log(1 + e^(d + i theta)) - log(1 + e^d), by the smaller of the two exponentials.
+    w = torch.polar(torch.ones_like(angles), angles)[:, None]
+    low = -d.abs()
+    small = low.exp()[:, None]
+    up = (d > 0)[:, None]
+    ratio = torch.where(up, small / w, small * w)
+    log_g = ((1 + ratio).log() + torch.where(up, w.log(), 0)).sum(-1) - torch.log1p(small[:, 0]).sum(-1, keepdim=True)
+    a = torch.where(up, 1, ratio) / (1 + ratio)
+    terms = (log_g - 1j * angles * k).exp()
+    # Conjugate nodes count twice, the one at 0 once.
+    terms = terms * torch.cat((torch.ones_like(angles[:1]), torch.full_like(angles[1:], 2.0)))
+    total = terms.real.sum(-1, keepdim=True)
+    count = 2 * len(angles) - 1
+    return shift, a, terms / total, (total / count).log()
+
+
+def _pieces(x: Tensor, k: Tensor, work: Any, *more: Tensor) -> Tensor:
+    """`work` on groups of rows whose circles fit into memory."""
+    most = 12 + math.sqrt(100 + 60 * min(float(k.max()) if k.numel() else 0.0, x.shape[-1] / 4))
+    rows = max(1, int(_PIECE / (x.shape[-1] * most)))
+    return torch.cat([work(*parts) for parts in zip(*(t.split(rows) for t in (x, k, *more)), strict=True)])
+
+
+def _probabilities(x: Tensor, k: Tensor) -> Tensor:
+    _, a, weights, _ = _circle(x, k)
+    return (weights[..., None] * a).real.sum(1).clamp(0, 1)
+
+
+def _hessian_vector(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    _, a, weights, _ = _circle(x, k)
+    spread = (a * v[:, None]).sum(-1, keepdim=True)
+    mean = (weights[..., None] * spread).real.sum(1, keepdim=True)
+    return (weights[..., None] * (a * (1 - a) * v[:, None] + a * (spread - mean))).real.sum(1)
+
+
+@torch.library.custom_op("danlu::inclusion", mutates_args=())
+def _inclusion(x: Tensor, k: Tensor) -> Tensor:
+    return _pieces(x, k, _probabilities) if x.numel() else torch.empty_like(x)
+
+
+@torch.library.custom_op("danlu::inclusion_vjp", mutates_args=())
+def _inclusion_vjp(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _pieces(x, k, _hessian_vector, v) if x.numel() else torch.empty_like(x)
+
+
+@torch.library.custom_op("danlu::log_subset_sum", mutates_args=())
+def _log_subset_sum(x: Tensor, k: Tensor) -> Tensor:
+    def work(x: Tensor, k: Tensor) -> Tensor:
+        shift, _, _, log_p = _circle(x, k)
+        return k * shift + torch.nn.functional.softplus(x - shift, threshold=50).sum(-1, keepdim=True) + log_p
+
+    return _pieces(x, k, work) if x.numel() else torch.empty_like(k)
+
+
+for _operator in (_inclusion, _inclusion_vjp):
+    _operator.register_fake(lambda x, *_: torch.empty_like(x))
+_log_subset_sum.register_fake(lambda x, k: torch.empty_like(k))
+
+
+class _Inclusion(torch.autograd.Function):
+    """The probabilities; their Jacobian is the Hessian of the logarithm, and differentiable again."""
+
+    @staticmethod
+    def forward(x: Tensor, k: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return _inclusion(x, k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, k = ctx.saved_tensors
+        if torch.is_grad_enabled() and x.numel():
+            # To be differentiated again, or transformed.
+            return _hessian_vector(x, k, grads[0]), None
+        return _inclusion_vjp(x, k, grads[0]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        x, k = _batch_first(info, in_dims, *args)
+        flat = _Inclusion.apply(x.flatten(0, -2), k.flatten(0, -2))
+        return flat.view(x.shape), 0
+
+
+class _LogSubsetSum(torch.autograd.Function):
+    """The logarithm, whose gradient are the probabilities."""
+
+    @staticmethod
+    def forward(x: Tensor, k: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return _log_subset_sum(x, k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, k = ctx.saved_tensors
+        return grads[0] * _Inclusion.apply(x, k), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        x, k = _batch_first(info, in_dims, *args)
+        flat = _LogSubsetSum.apply(x.flatten(0, -2), k.flatten(0, -2))
+        return flat.view(*x.shape[:-1], 1), 0
+
+
+def _batch_first(info: Any, in_dims: Any, *args: Tensor) -> list[Tensor]:
+    return [
+        x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+        for x, axis in zip(args, in_dims, strict=True)
+    ]

@@ -1,0 +1,372 @@
+"""Smooth top-k: golden numbers, brute force, symmetries, limits, thresholds, gradients, masks, bad input."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from danlu import kernels
+from danlu.kernels.soft_topk import soft_topk_cpu, soft_topk_vjp_cpu
+from danlu.simplex import SoftTopK, log_esp, soft_topk, softmax, sparsemax
+from danlu.simplex._topk_rows import _reference, _value, _vjp
+
+THRESHOLDS = ["exp", "laplace", "sigmoid", "clip"]
+MAPS = [*THRESHOLDS, "grad"]
+methods = pytest.mark.parametrize("method", MAPS)
+thresholds = pytest.mark.parametrize("method", THRESHOLDS)
+
+
+def scores(*shape, scale=1.0, seed=0, dtype=torch.float64):
+    return (scale * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def brute_force(x, k):
+    """Inclusion probabilities and the logarithm of the sum over subsets."""
+    sets = list(itertools.combinations(range(len(x)), k))
+    weights = torch.stack([x[list(one)].sum() for one in sets]).softmax(0)
+    p = torch.zeros_like(x)
+    for one, weight in zip(sets, weights, strict=True):
+        p[list(one)] += weight
+    return p, torch.stack([x[list(one)].sum() for one in sets]).logsumexp(0)
+
+
+GOLDEN = {
+    "exp": [0.66524096, 0.24472847, 0.09003057, 1.0],
+    "laplace": [0.69673467, 0.30326533, 0.11156508, 0.88843492],
+    "sigmoid": [0.62245933, 0.37754067, 0.18242552, 0.81757448],
+    "clip": [1.0, 0.0, 0.0, 1.0],
+    "grad": [0.6944133, 0.3055867, 0.11920292, 0.88079708],
+    "iter": [0.65504219, 0.31358521, 0.12294663, 0.90842596],
+}
+
+
+@pytest.mark.filterwarnings("ignore:the values of method='iter'")
+@pytest.mark.parametrize("method", GOLDEN)
+def test_golden_numbers(method):
+    x = torch.tensor([3.0, 2.0, 1.0, 4.0], dtype=torch.float64)
+    wanted = torch.tensor(GOLDEN[method], dtype=torch.float64)
+    torch.testing.assert_close(soft_topk(x, 2, method=method), wanted, rtol=0, atol=5e-9)
+    assert soft_topk(x, 2, return_threshold=True)[1].item() == pytest.approx(2.5, abs=1e-14)
+    if method in ("laplace", "grad"):
+        wanted = torch.tensor([0.79644992, 0.72523613, 0.62910757, 0.84920639], dtype=torch.float64)
+        torch.testing.assert_close(soft_topk(0.3 * x, 3, method=method), wanted, rtol=0, atol=5e-9)
+
+
+@pytest.mark.parametrize(("n", "k", "scale"), [(4, 2, 1), (7, 3, 3), (9, 8, 2), (12, 6, 5), (12, 1, 1)])
+def test_subsets_by_brute_force(n, k, scale):
+    x = scores(n, scale=scale, seed=n)
+    p, total = brute_force(x, k)
+    torch.testing.assert_close(soft_topk(x, k, method="grad"), p, rtol=0, atol=5e-15)
+    torch.testing.assert_close(log_esp(x, k), total, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(soft_topk(x.float(), k, method="grad").double(), p, rtol=0, atol=3e-7)
+
+
+def dynamic_program(x, k):
+    """Inclusion probabilities from products of polynomials without each entry, with a common scale taken out."""
+    e = (x - x.mean()).exp()
+    whole = [torch.zeros(k + 1, dtype=torch.float64)]
+    whole[0][0] = 1
+    forward = [whole[0]]
+    for value in e:
+        new = forward[-1].clone()
+        new[1:] += value * forward[-1][:-1]
+        forward.append(new)
+    backward = [forward[0]]
+    for value in e.flip(0):
+        new = backward[-1].clone()
+        new[1:] += value * backward[-1][:-1]
+        backward.append(new)
+    total = forward[-1][k]
+    return torch.stack(
+        [e[i] * (forward[i][:k] * backward[len(e) - 1 - i][:k].flip(0)).sum() / total for i in range(len(e))]
+    )
+
+
+@pytest.mark.parametrize(("n", "k", "scale"), [(100, 10, 3), (200, 50, 1)])
+def test_subsets_by_dynamic_programming(n, k, scale):
+    x = scores(n, scale=scale)
+    torch.testing.assert_close(soft_topk(x, k, method="grad"), dynamic_program(x, k), rtol=0, atol=1e-13)
+
+
+@methods
+@given(n=st.integers(2, 12), seed=st.integers(0, 2**16), scale=st.sampled_from([0.1, 1.0, 10.0]), data=st.data())
+def test_what_every_map_promises(method, n, seed, scale, data):
+    k = data.draw(st.integers(1, n))
+    x = scores(n, scale=scale, seed=seed)
+    p = soft_topk(x, k, method=method)
+    assert ((p >= 0) & (p <= 1)).all()
+    assert p.sum().item() == pytest.approx(k, abs=1e-11)
+    assert (p[x.argsort()].diff() >= -1e-14).all()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(soft_topk(x[order], k, method=method), p[order], rtol=0, atol=1e-11)
+    torch.testing.assert_close(soft_topk(x + 7, k, method=method), p, rtol=0, atol=1e-10)
+    if method != "exp":
+        torch.testing.assert_close(1 - soft_topk(-x, n - k, method=method), p, rtol=0, atol=1e-11)
+
+
+@methods
+def test_tends_to_the_indicator(method):
+    x = torch.tensor([0.3, 0.1, 0.7, 0.5, 0.2], dtype=torch.float64)
+    hard = torch.tensor([0.0, 0, 1, 1, 0], dtype=torch.float64)
+    torch.testing.assert_close(soft_topk(x, 2, method=method, temperature=1e-3), hard, rtol=0, atol=1e-10)
+
+
+def test_relations_for_one_and_for_all_but_one():
+    x = scores(50, 9)
+    torch.testing.assert_close(soft_topk(x, 1, method="exp"), softmax(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(soft_topk(x, 1, method="grad"), softmax(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(soft_topk(x, 1, method="clip"), sparsemax(x), rtol=1e-12, atol=1e-12)
+    flat = softmax(x).amax(-1) <= 0.5
+    same = (soft_topk(x, 1) - softmax(x)).abs().amax(-1) < 1e-12
+    assert torch.equal(same, flat)
+    assert 0 < flat.sum() < len(flat)
+    mild = 0.1 * x
+    torch.testing.assert_close(soft_topk(mild, 8), 1 - softmax(-mild), rtol=1e-12, atol=1e-12)
+
+
+@thresholds
+@pytest.mark.parametrize(("n", "k"), [(16, 2), (16, 8), (16, 15), (128, 100), (200, 190)])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 1000.0])
+def test_no_bad_rows_at_any_scale(method, n, k, scale):
+    x = scores(200, n, scale=scale, dtype=torch.float32)
+    p = soft_topk(x, k, method=method)
+    exact, _ = _reference(x, torch.tensor([[float(k)]]), method)
+    assert (p.double().sum(-1) - k).abs().max() <= 1e-5 * k
+    # A sum of k ones in float32 is known to about k times 1e-7.
+    assert (p.double() - exact).abs().max() <= 1e-6 + 1e-7 * k
+    assert (exact.sum(-1) - k).abs().max() <= 1e-9
+
+
+# ------------------------------------------------------------------------------- what the article's formulas do
+
+
+def test_correction_of_the_laplace_form():
+    """With thresholds only down to the least score, and a difference of large numbers, rows are wrong."""
+
+    def article(x, k):
+        s = x.sort(descending=True).values
+        n = len(s)
+        for m in range(n):
+            a, b = (-s[:m]).exp().sum(), s[m:].exp().sum()
+            shift = (((k - m) ** 2 + a * b).sqrt() + (k - m)).reciprocal().mul(b).log()
+            if shift >= s[m] and (m == 0 or shift <= s[m - 1]):
+                return _value(x - shift, "laplace")
+        return torch.full_like(x, math.nan)
+
+    x = scores(16, scale=0.1, dtype=torch.float32)
+    assert article(x, 15).isnan().all()
+    assert soft_topk(x, 15).sum().item() == pytest.approx(15, abs=1e-4)
+
+    x = torch.tensor([0.0, 0.1, 0.2, -20.0, -20.5])
+    above, below, k, m = x[:3], x[3:], 2, 3
+    a, b = (-above).exp().sum(), below.exp().sum()
+    canceled = b.log() - (((k - m) ** 2 + a * b).sqrt() + (k - m)).log()
+    assert (_value(x - canceled, "laplace").sum() - 2).abs() > 0.5
+    wanted = torch.tensor([0.63283, 0.66778, 0.69939, 1.4e-9, 8.5e-10])
+    torch.testing.assert_close(soft_topk(x, 2), wanted, rtol=0, atol=6e-6)
+    torch.testing.assert_close(soft_topk(x, 2)[3:], wanted[3:], rtol=0.03, atol=0)
+
+
+def test_correction_of_the_relation_to_softmax():
+    x = torch.tensor([0.0, math.log(0.25)], dtype=torch.float64)
+    torch.testing.assert_close(softmax(x), torch.tensor([0.8, 0.2], dtype=torch.float64))
+    torch.testing.assert_close(soft_topk(x, 1), torch.tensor([0.75, 0.25], dtype=torch.float64))
+
+
+def test_correction_of_the_recursion_for_subsets():
+    def article(x, k):
+        log_z, log_zi = torch.zeros(()), torch.full_like(x, -math.inf)
+        for i in range(k):
+            log_zi = x + (log_z.exp() - log_zi.exp()).log() if i else x
+            log_z = log_zi.logsumexp(0) - math.log(i + 1)
+        return (log_zi - log_z).exp()
+
+    x = scores(50, 100, scale=3.0, dtype=torch.float32)
+    assert sum(bool(article(row, 10).isnan().any()) for row in x) >= 10
+    p = soft_topk(x, 10, method="grad")
+    assert (p.sum(-1) - 10).abs().max() < 1e-4
+
+
+def test_correction_of_the_iterated_softmax():
+    with pytest.warns(UserWarning, match="may exceed 1"):
+        p = soft_topk(torch.tensor([0.0, 0.0, 3.0], dtype=torch.float64), 2, method="iter")
+    wanted = torch.tensor([0.34719672, 0.34719672, 1.30560657], dtype=torch.float64)
+    torch.testing.assert_close(p, wanted, rtol=0, atol=5e-9)
+    with pytest.warns(UserWarning, match="may exceed 1"):
+        p = soft_topk(torch.tensor([0.0, 3.0, 4.0], dtype=torch.float64), 2, method="iter")
+    assert p[1] > p[2]
+
+
+# ------------------------------------------------------------------------------------------------------ gradients
+
+
+@methods
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_derivatives(method, k):
+    x = scores(2, 7).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: soft_topk(x, k, method=method), x)
+    assert torch.autograd.gradgradcheck(lambda x: soft_topk(x, k, method=method), x)
+    jacobian = torch.func.jacrev(lambda x: soft_topk(x, k, method=method))(x[0].detach())
+    torch.testing.assert_close(jacobian, jacobian.T, rtol=0, atol=1e-12)
+    torch.testing.assert_close(jacobian.sum(0), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@thresholds
+def test_derivatives_by_size_temperature_and_threshold(method):
+    x = scores(3, 7).requires_grad_()
+    k = torch.tensor([[1.3], [2.0], [4.5]], dtype=torch.float64, requires_grad=True)
+    tau = torch.tensor([[0.7], [1.0], [2.0]], dtype=torch.float64, requires_grad=True)
+
+    def both(x, k, tau):
+        return soft_topk(x, k, method=method, temperature=tau, return_threshold=True)
+
+    assert torch.autograd.gradcheck(both, (x, k, tau))
+    assert torch.autograd.gradgradcheck(both, (x, k, tau))
+
+
+def test_derivatives_of_the_subset_sum():
+    x = scores(2, 6).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: log_esp(x, torch.tensor([[2], [5]])), x)
+    (grad,) = torch.autograd.grad(log_esp(x, 3).sum(), x)
+    torch.testing.assert_close(grad, soft_topk(x, 3, method="grad"))
+
+
+def test_saturated_rows_have_no_gradient():
+    for method in THRESHOLDS:
+        x = torch.tensor([1e4, 1e4 + 1, -1e4, 0.0], requires_grad=True)
+        p, threshold = soft_topk(x, 2, method=method, return_threshold=True)
+        assert torch.equal(p, torch.tensor([1.0, 1.0, 0.0, 0.0])) or method == "exp"
+        p.sum().backward()
+        assert torch.isfinite(x.grad).all()
+    p, threshold = soft_topk(torch.tensor([500.0, -500.0], dtype=torch.float64), 1, return_threshold=True)
+    assert p.tolist() == pytest.approx([1.0, 0.0], abs=1e-200)
+    assert abs(threshold.item()) < 1e-9
+
+
+def test_straight_through():
+    x = scores(3, 8).requires_grad_()
+    hard = soft_topk(x, torch.tensor([[1], [3], [8]]), hard=True)
+    assert torch.equal(hard.sum(-1), torch.tensor([1.0, 3.0, 8.0], dtype=torch.float64))
+    assert set(hard.detach().unique().tolist()) == {0.0, 1.0}
+    for row, k in enumerate((1, 3, 8)):
+        assert set(hard[row].nonzero()[:, 0].tolist()) == set(x[row].topk(k).indices.tolist())
+    v = scores(3, 8, seed=1)
+    soft = soft_topk(x, torch.tensor([[1], [3], [8]]))
+    assert torch.equal(*(torch.autograd.grad((p * v).sum(), x)[0] for p in (hard, soft)))
+
+
+# ------------------------------------------------------------------------------------------------- kernels, dtypes
+
+
+@pytest.mark.skipif(kernels.explain("soft_topk", torch.zeros(1)) is not None, reason="no compiler")
+@thresholds
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_equals_the_reference(method, dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n in (1, 2, 63, 1000, 70000):
+            x = scores(3, n, scale=3, dtype=dtype)
+            x[1, : n // 3] = -math.inf
+            k = torch.tensor([[0.4], [min(n / 4, 400)], [min(n - 0.5, 500)]], dtype=torch.float64)
+            p, threshold = soft_topk_cpu(x, k, method)
+            exact, wanted = _reference(x, k, method)
+            eps = torch.finfo(dtype).eps
+            # A sum of k ones is known to about k units.
+            unit = 1e-15 if dtype == torch.float64 else 1e-7
+            torch.testing.assert_close(p.double(), exact, rtol=eps, atol=(10 + float(k.max())) * unit)
+            torch.testing.assert_close(threshold.double(), wanted, rtol=1e-4, atol=1e-3)
+            v = scores(3, n, seed=2).to(dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            fast, slow = soft_topk_vjp_cpu(p, v, method), _vjp(p.to(wide), v.to(wide), None, method)
+            torch.testing.assert_close(fast.to(wide), slow, rtol=4 * eps, atol=4 * eps)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_many_scores_without_a_sort():
+    x = scores(2, 100_000, dtype=torch.float32)
+    for method in THRESHOLDS:
+        p = soft_topk(x, 64, method=method)
+        assert (p.double().sum(-1) - 64).abs().max() <= 1e-5 * 64
+
+
+# ------------------------------------------------------------------------------------------------- masks and edges
+
+
+@methods
+def test_masks(method):
+    x = scores(4, 6).requires_grad_()
+    visible = torch.ones(4, 6, dtype=torch.bool)
+    visible[0, 2] = visible[1, :5] = visible[2] = False
+    visible[3, 3:] = False
+    p = soft_topk(x, 3, method=method, mask=visible)
+    torch.testing.assert_close(p[0, [0, 1, 3, 4, 5]], soft_topk(x[0, [0, 1, 3, 4, 5]], 3, method=method))
+    assert p[0, 2] == 0
+    assert p[1].tolist() == [0, 0, 0, 0, 0, 1]
+    assert (p[2] == 0).all()
+    assert p[3].tolist() == [1, 1, 1, 0, 0, 0]
+    (p * scores(4, 6, seed=1)).sum().backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad[1:] == 0).all()
+    torch.testing.assert_close(soft_topk(x.masked_fill(~visible, -math.inf), 3, method=method), p, rtol=0, atol=0)
+
+
+@methods
+def test_edges(method):
+    x = scores(2, 5)
+    assert (soft_topk(x, 0, method=method) == 0).all()
+    assert (soft_topk(x, 5, method=method) == 1).all()
+    torch.testing.assert_close(soft_topk(torch.zeros(8), 3, method=method), torch.full((8,), 3 / 8))
+    bad = soft_topk(torch.tensor([[math.nan, 0.0, 1.0], [0.0, 1.0, 2.0]]), 1, method=method)
+    assert bad[0].isnan().all()
+    assert bad[1].isfinite().all()
+    torch.testing.assert_close(
+        soft_topk(x.T, torch.tensor([[2, 3]]), method=method, dim=0).T,
+        torch.stack([soft_topk(x[0], 2, method=method), soft_topk(x[1], 3, method=method)]),
+    )
+
+
+def test_trivial_subset_sums():
+    x = torch.tensor([1.0, 2.0, -math.inf])
+    assert log_esp(x, 0) == 0
+    assert log_esp(x, 2) == 3
+    assert log_esp(x, 3) == -math.inf
+    assert log_esp(torch.tensor([1.0, 2.0, 3.0]).log(), 2).item() == pytest.approx(math.log(11))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"k": -1}, ValueError, "k"),
+        ({"k": 4}, ValueError, "k must be at most N = 3"),
+        ({"k": 1.5, "method": "grad"}, ValueError, "whole number"),
+        ({"k": 1.5, "hard": True}, ValueError, "whole number"),
+        ({"k": torch.tensor([5])}, ValueError, "k must be in"),
+        ({"k": torch.tensor([0.5]), "method": "grad"}, ValueError, "whole numbers"),
+        ({"k": torch.zeros(2)}, ValueError, "k must broadcast"),
+        ({"k": torch.tensor([True])}, TypeError, "k must be a number"),
+        ({"k": "2"}, TypeError, "k"),
+        ({"k": 1, "method": "soft"}, ValueError, "method must be one of"),
+        ({"k": 1, "temperature": 0.0}, ValueError, "temperature"),
+        ({"k": 1, "temperature": torch.ones(2)}, ValueError, "temperature must broadcast"),
+        ({"k": 1, "mask": torch.ones(3)}, TypeError, "mask must be a bool"),
+        ({"k": 1, "mask": torch.ones(2, dtype=torch.bool)}, ValueError, "mask must broadcast"),
+        ({"k": 1, "method": "grad", "return_threshold": True}, ValueError, "return_threshold"),
+        ({"k": torch.ones(1), "method": "iter"}, TypeError, "must be a number for method='iter'"),
+        ({"k": 1, "dim": 3}, ValueError, "dim=3"),
+    ],
+)
+def test_bad_input(options, error, match):
+    with pytest.raises(error, match=match):
+        soft_topk(torch.zeros(3), **options)
+
+
+@pytest.mark.parametrize("options", [{"k": -1}, {"k": 1, "method": "soft"}, {"k": 1, "temperature": -1.0}])
+def test_bad_options_of_the_module(options):
+    with pytest.raises(ValueError, match=r"k|method|temperature"):
+        SoftTopK(**options)
