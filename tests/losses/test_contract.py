@@ -45,7 +45,7 @@ CASES = {
     "TaiLr": through_head(linear_loss, TaiLr(0.3, min_weight=0.2, label_smoothing=0.1)),
 }
 losses = pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
-NOT_A_LOSS = {"tailr_unbias", "TaiLrLoss"}
+NOT_A_LOSS = {"topk_multilabel_loss", "tailr_unbias", "TaiLrLoss"}
 # Terms of a loss that look at its gradient, so (scores, targets) is not their signature; decision 8. Each as a function
 # of (function that computes the loss, model, inputs).
 PENALTIES: dict[str, Callable[[Callable[[], Tensor], nn.Module, Tensor], Tensor]] = {

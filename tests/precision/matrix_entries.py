@@ -134,6 +134,9 @@ OPERATIONS: dict[str, Operation] = {
     "losses.linear_loss": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.CrossEntropy(), chunk_size=4)),
     "losses.linear_tailr_loss": linear(lambda h, w: losses.linear_tailr_loss(h, w, TARGET, gamma=0.3, chunk_size=4)),
     "losses.tailr_loss": Operation(lambda z: losses.tailr_loss(z, TARGET, gamma=0.3, label_smoothing=0.1), ((6, 7),)),
+    "losses.topk_multilabel_loss": Operation(
+        lambda z: losses.topk_multilabel_loss(z, torch.arange(28).view(4, 7) % 3 == 0), ((4, 7),)
+    ),
     "losses.tailr_unbias": Operation(lambda p: losses.tailr_unbias(p, gamma=0.1), ((3, 7),), positive=True),
     "positions.RotaryEmbedding": Operation(lambda x: ROTARY(x), ((2, 6, 8),)),
     "positions.apply_rope": Operation(lambda x: positions.apply_rope(x, SLOTS, FREQUENCIES), ((2, 6, 8),)),
@@ -150,6 +153,13 @@ OPERATIONS: dict[str, Operation] = {
         lambda z: simplex.entmax15(z.masked_fill(TARGET[:4, None] == 2, -math.inf)), ((4, 7),)
     ),
     "simplex.perturb_max": Operation(lambda z: simplex.perturb_max(z, nodes=24), ((4, 7),)),
+    "simplex.SoftTopK": Operation(lambda z: simplex.SoftTopK(3, method="sigmoid")(z), ((4, 7),), tolerance=8.0),
+    "simplex.log_esp": Operation(lambda z: simplex.log_esp(z, 3), ((4, 7),)),
+    "simplex.soft_topk": Operation(
+        lambda z: simplex.soft_topk(z.masked_fill(TARGET[:4, None] == 2, -math.inf), 2, temperature=0.7),
+        ((4, 7),),
+        tolerance=8.0,
+    ),
     "simplex.Softmax": Operation(lambda z: simplex.Softmax(temperature=0.5)(z), ((4, 7),)),
     "simplex.softmax": Operation(
         lambda z: simplex.softmax(z.masked_fill(TARGET[:4, None] == 2, -math.inf), temperature=2.0), ((4, 7),)

@@ -61,7 +61,7 @@ FUNCTION_OF = {
     "TaylorSoftmax": partial(family.taylor_softmax, order=4, shift="mean"),
 }
 # Not maps: a description of noise, and counts of random draws.
-NOT_A_MAP = {"Noise", "TopKMethod", "log_esp", "perturb_argmax_sample"}
+NOT_A_MAP = {"Noise", "log_esp", "perturb_argmax_sample"}
 
 functions = pytest.mark.parametrize("function", CASES.values(), ids=CASES.keys())
 

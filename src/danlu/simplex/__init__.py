@@ -2,7 +2,7 @@ r"""Maps from scores to probability vectors, $\mathbb{R}^n \to \Delta^{n-1}$ alo
 
 from danlu.simplex._entmax import Entmax, Entmax15, entmax, entmax15
 from danlu.simplex._perturb_max import Noise, PerturbMax, perturb_argmax_sample, perturb_max
-from danlu.simplex._soft_topk import SoftTopK, TopKMethod, log_esp, soft_topk
+from danlu.simplex._soft_topk import SoftTopK, log_esp, soft_topk
 from danlu.simplex._softmax import Softmax, softmax
 from danlu.simplex._sparse_softmax import SparseSoftmax, sparse_softmax
 from danlu.simplex._sparsemax import Sparsemax, sparsemax
@@ -18,7 +18,6 @@ __all__ = [
     "SparseSoftmax",
     "Sparsemax",
     "TaylorSoftmax",
-    "TopKMethod",
     "entmax",
     "entmax15",
     "log_esp",

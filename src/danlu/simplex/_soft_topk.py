@@ -17,7 +17,7 @@ from danlu._common.checks import check_dim, check_floating, check_real, check_sa
 from danlu.simplex._subset_sums import inclusion, log_subset_sum
 from danlu.simplex._topk_rows import threshold_rows
 
-__all__ = ["SoftTopK", "TopKMethod", "log_esp", "soft_topk"]
+__all__ = ["SoftTopK", "log_esp", "soft_topk"]
 
 TopKMethod = Literal["laplace", "sigmoid", "exp", "clip", "grad", "iter"]
 _METHODS = ("laplace", "sigmoid", "exp", "clip", "grad", "iter")
@@ -184,8 +184,8 @@ def log_esp(input: Tensor, k: int | Tensor, *, dim: int = -1) -> Tensor:
     Example:
         >>> import torch
         >>> from danlu.simplex import log_esp
-        >>> log_esp(torch.tensor([1.0, 2.0, 3.0]).log(), 2).exp()
-        tensor(11.)
+        >>> round(log_esp(torch.tensor([1.0, 2.0, 3.0]).log(), 2).exp().item(), 4)
+        11.0
     """
     check_floating("input", input)
     axis = check_dim("dim", dim, input)
@@ -341,7 +341,7 @@ class SoftTopK(nn.Module):
     Example:
         >>> import torch
         >>> from danlu.simplex import SoftTopK
-        >>> SoftTopK(2, temperature=0.01)(torch.tensor([3.0, 2.0, 1.0, 4.0]))
+        >>> SoftTopK(2, hard=True)(torch.tensor([3.0, 2.0, 1.0, 4.0]))
         tensor([1., 0., 0., 1.])
     """
 

@@ -100,9 +100,17 @@ def _log_subset_sum(x: Tensor, k: Tensor) -> Tensor:
     return _pieces(x, k, work) if x.numel() else torch.empty_like(k)
 
 
-for _operator in (_inclusion, _inclusion_vjp):
-    _operator.register_fake(lambda x, *_: torch.empty_like(x))
-_log_subset_sum.register_fake(lambda x, k: torch.empty_like(k))
+def _like_scores(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _like_sizes(_: Tensor, k: Tensor) -> Tensor:
+    return torch.empty_like(k)
+
+
+_inclusion.register_fake(_like_scores)
+_inclusion_vjp.register_fake(_like_scores)
+_log_subset_sum.register_fake(_like_sizes)
 
 
 class _Inclusion(torch.autograd.Function):
