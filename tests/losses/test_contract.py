@@ -11,19 +11,31 @@ from torch.nn import functional as F
 
 import danlu.losses as family
 from danlu.losses import (
+    EMO,
     CrossEntropy,
+    EMOLoss,
+    GeneralizedCE,
     GradientPenalty,
+    MixCE,
+    RowFunction,
     TaiLr,
     TaiLrLoss,
+    emo_loss,
+    generalized_cross_entropy,
     input_gradient_penalty,
+    linear_emo_loss,
     linear_loss,
     linear_tailr_loss,
+    mixce_loss,
     parameter_gradient_penalty,
     tailr_loss,
 )
 
 CLASSES = 7
 HEAD = torch.eye(CLASSES, dtype=torch.float64)
+MEANING = torch.randn(CLASSES, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+# Without weights that depend on the logits and are not differentiated, so that gradcheck has something to check.
+EMO_OPTIONS = {"cost_embedding": MEANING, "mode": "fixed", "ce_weight": 0.7, "emo_weight": 2.0}
 
 
 def through_head(function: Callable[..., Tensor], *extra) -> Callable[..., Tensor]:
@@ -39,13 +51,29 @@ def through_head(function: Callable[..., Tensor], *extra) -> Callable[..., Tenso
 CASES = {
     "tailr_loss": tailr_loss,
     "tailr_loss_bounded": partial(tailr_loss, gamma=0.7, min_weight=0.3, label_smoothing=0.1),
+    "emo_loss": partial(emo_loss, **EMO_OPTIONS),
+    "emo_loss_matrix": partial(emo_loss, cost_matrix=MEANING[:, :1].sub(MEANING[:, 0]).abs(), mode="pure"),
+    "generalized_cross_entropy": partial(generalized_cross_entropy, label_smoothing=0.1),
+    "linear_emo_loss": partial(through_head(linear_emo_loss), **EMO_OPTIONS, label_smoothing=0.1),
     "linear_tailr_loss": through_head(linear_tailr_loss),
+    "mixce_loss": mixce_loss,
     "linear_loss": through_head(linear_loss, partial(F.cross_entropy, reduction="none")),
+    "EMO": through_head(linear_loss, EMO(cost_embedding="head", mode="pure")),
+    "GeneralizedCE": through_head(linear_loss, GeneralizedCE()),
+    "MixCE": through_head(linear_loss, MixCE(label_smoothing=0.1)),
+    "RowFunction": through_head(linear_loss, RowFunction(lambda nll: nll.square())),
     "CrossEntropy": through_head(linear_loss, CrossEntropy(label_smoothing=0.2)),
     "TaiLr": through_head(linear_loss, TaiLr(0.3, min_weight=0.2, label_smoothing=0.1)),
 }
 losses = pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
-NOT_A_LOSS = {"topk_multilabel_loss", "tailr_unbias", "TaiLrLoss"}
+NOT_A_LOSS = {
+    "EMOLoss": "a module, see below",
+    "LinearStats": "a record",
+    "TaiLrLoss": "a module, see below",
+    "emo_bound": "its targets are probabilities",
+    "tailr_unbias": "a map of probabilities",
+    "topk_multilabel_loss": "its targets are sets",
+}
 # Terms of a loss that look at its gradient, so (scores, targets) is not their signature; decision 8. Each as a function
 # of (function that computes the loss, model, inputs).
 PENALTIES: dict[str, Callable[[Callable[[], Tensor], nn.Module, Tensor], Tensor]] = {
@@ -68,7 +96,9 @@ def batch(rows: int = 8, *, dtype: torch.dtype = torch.float64, seed: int = 0) -
 
 
 def test_every_public_name_is_covered():
-    assert set(family.__all__) == {name for name in family.__all__ if name in CASES or name in PENALTIES} | NOT_A_LOSS
+    assert set(family.__all__) == {name for name in family.__all__ if name in CASES or name in PENALTIES} | set(
+        NOT_A_LOSS
+    )
     assert inspect.isclass(family.TaiLrLoss)
 
 
@@ -118,6 +148,27 @@ def test_all_ignored_and_no_rows(loss, reduction):
     empty = loss(logits[:0], target[:0], reduction=reduction)
     assert empty.sum() == 0
     empty.sum().backward()
+
+
+@losses
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_token_weights(loss, reduction):
+    """They multiply losses and gradients of rows; the denominator stays; ignored rows stay 0 whatever their weight."""
+    logits, target = batch()
+    target[[1, 4]] = -100
+    weight = torch.rand(8, dtype=torch.float64)
+    weight[4] = float("nan")
+    mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    value = loss(mine, target, token_weight=weight, reduction=reduction)
+    rows = loss(theirs, target, reduction="none") * weight.nan_to_num(7.0)
+    expected = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / 6}[reduction]
+    torch.testing.assert_close(value, expected)
+    cotangent = torch.randn_like(expected)
+    value.backward(cotangent)
+    expected.backward(cotangent)
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    shaped = loss(logits.view(2, 4, -1), target.view(2, 4), token_weight=weight.view(2, 4), reduction=reduction)
+    torch.testing.assert_close(shaped, value.detach().view(2, 4) if reduction == "none" else value.detach())
 
 
 @losses
@@ -224,6 +275,9 @@ def test_half_logits_are_computed_in_float32(loss, dtype):
         ({"normalizer": torch.ones(2)}, ValueError, "normalizer must be a number or a tensor with one element"),
         ({"normalizer": 3.0, "reduction": "sum"}, ValueError, "normalizer replaces the denominator"),
         ({"ignore": 3}, TypeError, "ignore"),
+        ({"token_weight": torch.ones(8).long()}, TypeError, "token_weight must be a floating-point tensor"),
+        ({"token_weight": torch.ones(7)}, ValueError, r"token_weight must have the shape of target \(8,\), got \(7,\)"),
+        ({"token_weight": torch.ones(8, requires_grad=True)}, ValueError, "token_weight is not differentiated"),
     ],
 )
 def test_bad_input(loss, change, error, match):
@@ -237,11 +291,26 @@ def test_module_equals_function():
     logits, target = batch()
     options = {"gamma": 0.3, "min_weight": 0.2, "label_smoothing": 0.1, "ignore_index": 3, "reduction": "sum"}
     assert torch.equal(module(logits, target), tailr_loss(logits, target, **options))
-    assert "gamma=0.3, min_weight=0.2, label_smoothing=0.1, ignore_index=3, reduction='sum'" in repr(module)
+    for option in ("gamma=0.3, min_weight=0.2, label_smoothing=0.1", "ignore_index=3, reduction='sum'"):
+        assert option in repr(module)
     assert module.state_dict() == {}
     module.gamma = 0.9
     assert torch.equal(module(logits, target), tailr_loss(logits, target, **{**options, "gamma": 0.9}))
     assert torch.equal(TaiLrLoss()(logits, target, normalizer=5), tailr_loss(logits, target, normalizer=5))
+
+
+def test_emo_module_equals_function():
+    options = {"mode": "ce_anchored", "max_ratio": 3.0, "label_smoothing": 0.1, "ignore_index": 3, "reduction": "sum"}
+    module: nn.Module = EMOLoss(MEANING, **options)
+    logits, target = batch()
+    torch.testing.assert_close(module(logits, target), emo_loss(logits, target, cost_embedding=MEANING, **options))
+    assert "mode='ce_anchored'" in repr(module)
+    assert "max_ratio=3.0" in repr(module)
+    assert module.state_dict() == {}
+    weight = torch.rand(8, dtype=torch.float64)
+    value = EMOLoss(MEANING)(logits, target, normalizer=5, token_weight=weight)
+    expected = emo_loss(logits, target, cost_embedding=MEANING, normalizer=5, token_weight=weight)
+    torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())

@@ -8,13 +8,41 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from danlu.losses import CrossEntropy, TaiLr, linear_loss, linear_tailr_loss, tailr_loss
+from danlu.losses import (
+    EMO,
+    CrossEntropy,
+    GeneralizedCE,
+    MixCE,
+    RowFunction,
+    TaiLr,
+    emo_loss,
+    generalized_cross_entropy,
+    linear_emo_loss,
+    linear_loss,
+    linear_tailr_loss,
+    mixce_loss,
+    tailr_loss,
+)
 from danlu.losses._linear import _default_chunk
 
 ROWS, FEATURES, CLASSES = 65, 6, 11
 
+MEANING = torch.randn(CLASSES, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+FIXED = {"mode": "fixed", "ce_weight": 0.3, "emo_weight": 2.0}
 # A loss for the engine, and the same loss of logits.
 LOSSES = {
+    "emo": (EMO(cost_embedding=MEANING), partial(emo_loss, cost_embedding=MEANING)),
+    "emo_fixed": (
+        EMO(cost_embedding=MEANING, **FIXED, label_smoothing=0.2),
+        partial(emo_loss, cost_embedding=MEANING, **FIXED, label_smoothing=0.2),
+    ),
+    "emo_matrix": (
+        EMO(cost_matrix=MEANING.abs() @ MEANING.abs().T, mode="pure"),
+        partial(emo_loss, cost_matrix=MEANING.abs() @ MEANING.abs().T, mode="pure"),
+    ),
+    "generalized": (GeneralizedCE(0.6, 0.1), partial(generalized_cross_entropy, q=0.6, label_smoothing=0.1)),
+    "mixce": (MixCE(0.3), partial(mixce_loss, eta=0.3)),
+    "function": (RowFunction(lambda nll: 1 - torch.exp(-nll)), partial(tailr_loss, gamma=1.0)),
     "cross_entropy": (CrossEntropy(), F.cross_entropy),
     "smoothed": (CrossEntropy(0.2), partial(F.cross_entropy, label_smoothing=0.2)),
     "tailr": (TaiLr(0.3), partial(tailr_loss, gamma=0.3)),
@@ -75,6 +103,151 @@ def test_equals_the_unfused_loss(name, chunk_size, bias, options):
     cotangent = torch.randn_like(expected)
     for mine, theirs in zip(gradients(fused, inputs, cotangent), gradients(expected, inputs, cotangent), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+LOW = {
+    "cross_entropy": (lambda h, w, y, **o: linear_loss(h, w, y, CrossEntropy(), **o), F.cross_entropy),
+    "tailr": (linear_tailr_loss, tailr_loss),
+    "emo": (partial(linear_emo_loss, cost_embedding="head", max_ratio=3.0), None),
+}
+
+
+@pytest.mark.parametrize("name", LOW)
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, ROWS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_equals_the_unfused_loss_in_low_precision(name, chunk_size, dtype, bias, tied):
+    """Values to 1e-6 and gradients to 1e-5 of the float64 computation; half gradients to their own rounding."""
+    fused, plain = LOW[name]
+    inputs, target = problem(bias=bias, dtype=dtype)
+    weight = torch.rand(ROWS, generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(CLASSES, (ROWS,), generator=torch.Generator().manual_seed(6))
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+
+    def states(tensors):
+        return tensors[0] + F.embedding(tokens, tensors[1]) if tied else tensors[0]
+
+    value = fused(states(inputs), inputs[1], target, linear_bias=inputs[2], chunk_size=chunk_size, token_weight=weight)
+    # The sum of states is rounded once, as it is in the model.
+    hidden = states(exact)
+    hidden = hidden + (states(inputs).detach().double() - hidden).detach()
+    logits = F.linear(hidden, *exact[1:])
+    if plain is None:
+        rows = emo_loss(logits, target, cost_embedding=exact[1], max_ratio=3.0, reduction="none")
+    else:
+        rows = plain(logits, target, reduction="none")
+    expected = (rows * weight.double()).sum() / (target != -100).sum()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    for mine, theirs in zip(gradients(value, inputs), gradients(expected, exact), strict=True):
+        error = (mine.double() - theirs).norm() / theirs.norm()
+        assert error <= (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+# What changes the logits before the softmax.
+TRANSFORMS = {
+    "scale": {"logit_scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "margin": {"target_shift": 0.7},
+    "all": {"logit_scale": 2.5, "softcap": 3.0, "target_shift": 0.4, "label_smoothing": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scale_softcap_margin_and_smoothing(name, transform, reduction):
+    row_loss, plain = LOSSES[name]
+    options = dict(TRANSFORMS[transform])
+    if name in ("callable",) and "label_smoothing" in options:
+        with pytest.raises(ValueError, match="label_smoothing belongs to row losses"):
+            linear_loss(*problem()[0][:2], problem()[1], row_loss, **options)
+        return
+    inputs, target = problem()
+    margins = torch.rand(ROWS, dtype=torch.float64)
+    if transform == "all":
+        options["target_shift"] = margins
+    fused = linear_loss(
+        *inputs[:2], target, row_loss, linear_bias=inputs[2], chunk_size=16, reduction=reduction, **options
+    )
+    z = options.get("logit_scale", 1.0) * F.linear(*inputs)
+    if "softcap" in options:
+        z = options["softcap"] * (z / options["softcap"]).tanh()
+    if "target_shift" in options:
+        shift = torch.as_tensor(options["target_shift"], dtype=torch.float64).expand(ROWS)
+        z = z - shift[:, None] * F.one_hot(target.clamp(min=0), CLASSES)
+    if "label_smoothing" in options:
+        plain = partial(plain, label_smoothing=options["label_smoothing"])
+    expected = plain(z, target, reduction=reduction)
+    torch.testing.assert_close(fused, expected, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn_like(expected)
+    for mine, theirs in zip(gradients(fused, inputs, cotangent), gradients(expected, inputs, cotangent), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "emo", "callable"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_statistics(name, reduction):
+    inputs, target = problem(60)
+    shape = (3, 20)
+    value, stats = linear_loss(
+        inputs[0].view(*shape, -1),
+        inputs[1],
+        target.view(shape),
+        LOSSES[name][0],
+        linear_bias=inputs[2],
+        chunk_size=16,
+        reduction=reduction,
+        target_shift=0.5,
+        return_stats=True,
+    )
+    plain = linear_loss(
+        *inputs[:2],
+        target,
+        LOSSES[name][0],
+        linear_bias=inputs[2],
+        chunk_size=16,
+        reduction=reduction,
+        target_shift=0.5,
+    )
+    assert torch.equal(value.view(plain.shape), plain)
+    logits = F.linear(*inputs).detach()
+    shifted = logits - 0.5 * F.one_hot(target.clamp(min=0), CLASSES)
+    nll = F.cross_entropy(shifted, target, reduction="none")
+    kept = target != -100
+    torch.testing.assert_close(stats.nll, nll.view(shape))
+    torch.testing.assert_close(stats.target_probability, ((-nll).exp() * kept).view(shape))
+    assert torch.equal(stats.correct, (logits.argmax(1) == target).view(shape))
+    assert not any(part.requires_grad for part in stats if part is not None)
+    if name == "emo":
+        cost = emo_loss(shifted, target, cost_embedding=MEANING, mode="pure", reduction="none")
+        torch.testing.assert_close(stats.cost, cost.view(shape))
+    else:
+        assert stats.cost is None
+    gradients(value, inputs, torch.ones_like(value))
+
+
+def test_memory_budget_chooses_the_chunk():
+    hidden, weight = torch.randn(64, 4), torch.randn(100, 4)
+    target = torch.randint(100, (64,))
+    for loss, budget, rows in (
+        (CrossEntropy(), 4 * 100 * 20, 16),
+        (EMO(cost_embedding="head"), 4 * 100 * 20, 8 + 8),
+        (CrossEntropy(), 1, 1),
+    ):
+        with torch.no_grad(), _Counter() as counter:
+            value = linear_loss(hidden, weight, target, loss, memory_budget=budget)
+        assert counter.largest == max(100, rows) * (rows if rows > 4 else 4)
+        torch.testing.assert_close(value, linear_loss(hidden, weight, target, loss))
+
+
+def test_distributed_tensors_are_refused():
+    class DTensor(Tensor):
+        pass
+
+    sharded = torch.zeros(11, 6).as_subclass(DTensor)
+    with pytest.raises(TypeError, match="linear_weight is a sharded DTensor; compute the loss inside the forward"):
+        linear_tailr_loss(torch.zeros(8, 6), sharded, torch.zeros(8, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -158,7 +331,9 @@ def test_upstream_factor_and_shapes():
     torch.testing.assert_close(linear_tailr_loss(strided, weight, target, linear_bias=bias), flat)
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(0.1), TaiLr(0.3, min_weight=0.2), LOSSES["callable"][0]])
+@pytest.mark.parametrize(
+    "loss", [CrossEntropy(0.1), TaiLr(0.3, min_weight=0.2), LOSSES["emo_fixed"][0], LOSSES["callable"][0]]
+)
 def test_gradcheck_and_refused_second_derivative(loss):
     inputs, target = problem(5)
 
@@ -368,7 +543,9 @@ def test_compile_breaks_the_graph_and_stays_right():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("loss", [LOSSES["smoothed"][0], TaiLr(0.3), LOSSES["callable"][0]])
+@pytest.mark.parametrize(
+    "loss", [LOSSES["smoothed"][0], TaiLr(0.3), EMO(cost_embedding="head", max_ratio=3.0), LOSSES["callable"][0]]
+)
 def test_agrees_on_the_gpu(loss, reduction, dtype):
     inputs, target = problem(dtype=dtype)
     moved = [x.detach().cuda().requires_grad_() for x in inputs]
@@ -400,6 +577,15 @@ def test_default_chunk_size():
         ({"linear_weight": torch.zeros(11, 6).double()}, TypeError, "one dtype outside autocast"),
         ({"linear_weight": torch.zeros(11, 6, device="meta")}, ValueError, "linear_weight on meta"),
         ({"linear_bias": torch.zeros(10)}, ValueError, r"linear_bias must have shape \(11,\)"),
+        ({"chunk_size": 4, "memory_budget": 100}, ValueError, "exclude each other"),
+        ({"memory_budget": 0}, ValueError, "memory_budget must be at least 1"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale must be in"),
+        ({"softcap": -1.0}, ValueError, "softcap must be in"),
+        ({"target_shift": torch.ones(7)}, ValueError, r"target_shift must have the shape of target \(8,\), got \(7,\)"),
+        ({"target_shift": torch.ones(8, requires_grad=True)}, ValueError, "target_shift is not differentiated"),
+        ({"target_shift": "wide"}, TypeError, "target_shift must be a real number"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be in"),
+        ({"loss": EMO(cost_embedding=torch.eye(3))}, ValueError, "cost_embedding must have 11 rows"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int"),
         ({"loss": "tailr"}, TypeError, "loss must be a row loss or a callable"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from danlu.losses import TaiLr, TaiLrLoss, tailr_loss, tailr_unbias
+from danlu.losses import TaiLr, TaiLrLoss, linear_tailr_loss, tailr_loss, tailr_unbias
 
 GAMMAS = [0.0, 1e-7, 0.1, 0.3, 0.5, 0.500001, 0.8, 0.999999, 1.0]
 
@@ -133,6 +133,51 @@ def test_wrong_labels_hardly_pull(gamma):
     assert (logits.grad.abs().sum(-1) <= 2 * p / gamma * (1 + 1e-12)).all()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1e-7, 0.3, 1.0])
+@pytest.mark.parametrize("min_weight", [0.0, 0.2])
+def test_weighted_value_is_the_papers_number_with_the_same_gradient(gamma, min_weight):
+    logits, target = 2 * torch.randn(9, 5, dtype=torch.float64), torch.randint(5, (9,))
+    logits.requires_grad_()
+    options = {"gamma": gamma, "min_weight": min_weight, "label_smoothing": 0.1}
+    mine, plain = (tailr_loss(logits, target, value=kind, **options) for kind in ("weighted", "potential"))
+    nll = F.cross_entropy(logits, target, reduction="none")
+    p = (-nll).exp().detach()
+    weight = (p / (gamma + (1 - gamma) * p)).clamp(min=min_weight)
+    expected = (0.9 * weight * nll - 0.1 * logits.log_softmax(-1).mean(-1)).mean()
+    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+    for first, second in zip(torch.autograd.grad(mine, logits), torch.autograd.grad(plain, logits), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
+    fused = linear_tailr_loss(logits, torch.eye(5, dtype=torch.float64), target, value="weighted", **options)
+    torch.testing.assert_close(fused, mine)
+
+
+def test_weighted_value_is_not_monotone():
+    p = torch.tensor([1e-6, 0.1, 0.999], dtype=torch.float64)
+    low, middle, high = of_probability(p, 0.1, value="weighted")
+    assert low < middle > high
+
+
+def test_schedule():
+    logits, target = torch.randn(4, 5), torch.randint(5, (4,))
+    loss = TaiLrLoss(lambda step: min(0.5, step / 10))
+    for step in range(8):
+        assert loss.current_gamma == min(0.5, step / 10)
+        assert torch.equal(loss(logits, target), tailr_loss(logits, target, gamma=min(0.5, step / 10)))
+        loss.advance()
+    loss.advance(3)
+    assert loss.steps == 11
+    tensor = TaiLrLoss(torch.tensor(0.3))
+    torch.testing.assert_close(tensor(logits, target), tailr_loss(logits, target, gamma=0.3))
+    with pytest.raises(ValueError, match="gamma must be in"):
+        TaiLrLoss(lambda step: 2.0)
+    wrong = TaiLrLoss(lambda step: float(step))
+    wrong.advance(2)
+    with pytest.raises(ValueError, match="gamma must be in"):
+        wrong(logits, target)
+    with pytest.raises(ValueError, match="steps must be at least 0"):
+        wrong.advance(-1)
+
+
 def test_label_smoothing():
     logits, target = torch.randn(6, 5, dtype=torch.float64), torch.randint(5, (6,))
     smoothed = tailr_loss(logits, target, gamma=0.3, label_smoothing=0.2)
@@ -254,6 +299,7 @@ def test_checkpoint_and_autocast():
         ({"gamma": torch.tensor(2.0)}, "gamma must be in"),
         ({"min_weight": 1.5}, "min_weight must be in"),
         ({"label_smoothing": -1.0}, "label_smoothing must be in"),
+        ({"value": "paper"}, "value must be one of 'potential', 'weighted'"),
     ],
 )
 def test_bad_options(options, match):

@@ -46,6 +46,8 @@ class Operation:
 
 
 TARGET = torch.tensor([0, 2, -100, 6, 3, 5])
+MEANING = torch.linspace(-1, 1, 21).sin().view(7, 3)
+SHARES = torch.linspace(0, 2, 42).view(6, 7).softmax(-1)
 FREQUENCIES = positions.rope_frequencies(8)
 SLOTS = torch.arange(6)
 QKV = ((2, 4, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8))
@@ -128,6 +130,24 @@ OPERATIONS: dict[str, Operation] = {
     "losses.parameter_gradient_penalty:per_sample": penalized(
         lambda net, loss, x: losses.parameter_gradient_penalty(loss, net, scope="per_sample")[1]
     ),
+    "losses.EMO": linear(
+        lambda h, w: losses.linear_loss(h, w, TARGET, losses.EMO(cost_embedding=MEANING, mode="fixed"), chunk_size=4)
+    ),
+    "losses.EMOLoss": Operation(lambda z: losses.EMOLoss(MEANING, mode="fixed")(z, TARGET), ((6, 7),)),
+    "losses.GeneralizedCE": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.GeneralizedCE())),
+    "losses.MixCE": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.MixCE())),
+    "losses.RowFunction": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.RowFunction(torch.square))),
+    "losses.emo_bound": Operation(lambda z: losses.emo_bound(z, SHARES, cost_embedding=MEANING), ((6, 7),)),
+    "losses.emo_loss": Operation(
+        lambda z: losses.emo_loss(z, TARGET, cost_embedding=MEANING, label_smoothing=0.1), ((6, 7),)
+    ),
+    "losses.generalized_cross_entropy": Operation(
+        lambda z: losses.generalized_cross_entropy(z, TARGET, q=0.6), ((6, 7),)
+    ),
+    "losses.linear_emo_loss": linear(
+        lambda h, w: losses.linear_emo_loss(h, w, TARGET, cost_embedding="head", mode="pure", chunk_size=4)
+    ),
+    "losses.mixce_loss": Operation(lambda z: losses.mixce_loss(z, TARGET, label_smoothing=0.1), ((6, 7),)),
     "losses.CrossEntropy": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.CrossEntropy(0.1))),
     "losses.TaiLr": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.TaiLr(0.3, min_weight=0.2))),
     "losses.TaiLrLoss": Operation(lambda z: losses.TaiLrLoss(0.3)(z, TARGET), ((6, 7),)),
@@ -205,6 +225,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 WHOLE_STEPS = {"optim.FoldedAdamW"}
 
 EXEMPT: dict[str, str] = {
+    "losses.LinearStats": "a record",
     "flows.Entropy": "a term of WassersteinFlow",
     "flows.FDivergence": "a term of WassersteinFlow",
     "flows.GaussianFlow": "a record",

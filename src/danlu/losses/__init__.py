@@ -1,18 +1,33 @@
 """Losses, (scores, targets) to a number: token losses, a linear head with any of them, and gradient penalties."""
 
+from danlu.losses._emo import EMO, emo_bound, emo_loss, linear_emo_loss
+from danlu.losses._emo_module import EMOLoss
+from danlu.losses._generalized_cross_entropy import GeneralizedCE, MixCE, generalized_cross_entropy, mixce_loss
 from danlu.losses._gradient_penalty import GradientPenalty, input_gradient_penalty, parameter_gradient_penalty
-from danlu.losses._linear import CrossEntropy, linear_loss
+from danlu.losses._linear import LinearStats, linear_loss
+from danlu.losses._row_loss import CrossEntropy, RowFunction
 from danlu.losses._subset import topk_multilabel_loss
 from danlu.losses._tailr import TaiLr, TaiLrLoss, linear_tailr_loss, tailr_loss, tailr_unbias
 
 __all__ = [
+    "EMO",
     "CrossEntropy",
+    "EMOLoss",
+    "GeneralizedCE",
     "GradientPenalty",
+    "LinearStats",
+    "MixCE",
+    "RowFunction",
     "TaiLr",
     "TaiLrLoss",
+    "emo_bound",
+    "emo_loss",
+    "generalized_cross_entropy",
     "input_gradient_penalty",
+    "linear_emo_loss",
     "linear_loss",
     "linear_tailr_loss",
+    "mixce_loss",
     "parameter_gradient_penalty",
     "tailr_loss",
     "tailr_unbias",

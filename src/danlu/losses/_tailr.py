@@ -7,18 +7,21 @@ Shape letters: `V` classes; `...` batch axes.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from danlu._common.checks import check_dim, check_floating, check_real
+from danlu._common.checks import check_choice, check_dim, check_floating, check_integer, check_real
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
 from danlu.losses._linear import linear_loss
-from danlu.losses._targets import check_range, check_targets, negative_log_likelihood
+from danlu.losses._targets import check_range, check_row_values, check_targets, negative_log_likelihood
 
 __all__ = ["TaiLr", "TaiLrLoss", "linear_tailr_loss", "tailr_loss", "tailr_unbias"]
 
+TaiLrValue = Literal["potential", "weighted"]
 # Up to here log-add-exp is exact, from here on log1p; both are exact to 1e-12 in between.
 _SWITCH = 0.5
 
@@ -30,9 +33,12 @@ def tailr_loss(
     gamma: float | Tensor = 0.1,
     min_weight: float = 0.0,
     label_smoothing: float = 0.0,
+    value: TaiLrValue = "potential",
+    token_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check: bool = False,
 ) -> Tensor:
     r"""TaiLr, between cross entropy (`gamma=0`) and one minus the probability of the label (`gamma=1`).
 
@@ -52,9 +58,13 @@ def tailr_loss(
             From scratch 0.8 and more fails: some classes are never learned.
         min_weight: $b \in [0, 1]$; 0.2 to 0.3 in the paper's runs.
         label_smoothing: $\varepsilon \in [0, 1]$; 0.1 in the paper's runs with smoothing.
+        value: "weighted" gives the paper's number $\max(b, \alpha)\,\ell$ with the weight as a constant: the same
+            gradient, but not monotone (it falls to 0 as $p \to 0$), so it is for comparison only.
+        token_weight: weight of every row, shape `(...)`; not differentiated.
         ignore_index: target of rows that count for nothing.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for one loss per row.
         normalizer: replaces the denominator of "mean", such as the number of tokens in all micro-batches of a step.
+        check: look for targets that are not classes on an accelerator, too, which waits for the device.
 
     Returns:
         A scalar (nats), or shape `(...)` with "none"; float32 for half inputs, else dtype of `input`. All rows ignored
@@ -87,13 +97,20 @@ def tailr_loss(
         tensor([0.1229, 1.1611])
     """
     check_targets("input", input, target)
-    _check_options(gamma, min_weight, label_smoothing)
+    _check_options(gamma, min_weight, label_smoothing, value)
     check_reduction(reduction, normalizer)
-    keep = check_range(target, input.shape[-1], ignore_index)
+    if token_weight is not None:
+        check_row_values("token_weight", token_weight, target)
+    keep = check_range(target, input.shape[-1], ignore_index, check=check)
     nll, uniform = negative_log_likelihood(input, target, keep, label_smoothing)
-    loss = _bounded_potential(nll, gamma, min_weight)
+    if value == "potential":
+        loss = _bounded_potential(nll, gamma, min_weight)
+    else:
+        loss = _weight(nll, gamma, min_weight).detach() * nll
     if uniform is not None:
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+    if token_weight is not None:
+        loss = loss * token_weight.to(loss.dtype)
     return reduce_loss(loss.masked_fill(~keep, 0.0), keep, reduction, normalizer)
 
 
@@ -106,10 +123,14 @@ def linear_tailr_loss(
     gamma: float | Tensor = 0.1,
     min_weight: float = 0.0,
     label_smoothing: float = 0.0,
+    value: TaiLrValue = "potential",
+    token_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    check: bool = False,
 ) -> Tensor:
     r"""TaiLr of a linear head, without ever holding the logits of all rows.
 
@@ -126,10 +147,14 @@ def linear_tailr_loss(
         gamma: as in [`tailr_loss`][danlu.losses.tailr_loss].
         min_weight: as there.
         label_smoothing: as there.
+        value: as there.
+        token_weight: as there.
         ignore_index: as there.
         reduction: as there.
         normalizer: as there.
         chunk_size: rows per chunk; None as in [`linear_loss`][danlu.losses.linear_loss].
+        memory_budget: bytes for the buffers of a chunk, as there.
+        check: as there.
 
     Returns:
         A scalar (nats), or shape `(...)` with "none".
@@ -156,17 +181,20 @@ def linear_tailr_loss(
         >>> torch.allclose(fused, tailr_loss(hidden @ head.T, target, gamma=0.3))
         True
     """
-    row_loss = TaiLr(gamma, min_weight=min_weight, label_smoothing=label_smoothing)
+    row_loss = TaiLr(gamma, min_weight=min_weight, label_smoothing=label_smoothing, value=value)
     return linear_loss(
         input,
         linear_weight,
         target,
         row_loss,
         linear_bias=linear_bias,
+        token_weight=token_weight,
         ignore_index=ignore_index,
         reduction=reduction,
         normalizer=normalizer,
         chunk_size=chunk_size,
+        memory_budget=memory_budget,
+        check=check,
     )
 
 
@@ -211,7 +239,8 @@ def tailr_unbias(probs: Tensor, *, gamma: float, dim: int = -1) -> Tensor:
     return (gamma + (1 - gamma) * probs) / (1 - gamma + probs.shape[axis] * gamma)
 
 
-def _check_options(gamma: float | Tensor, min_weight: float, label_smoothing: float) -> None:
+def _check_options(gamma: float | Tensor, min_weight: float, label_smoothing: float, value: str = "potential") -> None:
+    check_choice("value", value, ("potential", "weighted"))
     if isinstance(gamma, Tensor):
         if gamma.numel() != 1:
             raise ValueError(f"gamma must be a number or a tensor with one element, got shape {tuple(gamma.shape)}")
@@ -282,6 +311,11 @@ def _bounded_potential(nll: Tensor, gamma: float | Tensor, min_weight: float) ->
     return _potential(capped, gamma) + min_weight * (nll - capped)
 
 
+def _weight(nll: Tensor, gamma: float | Tensor, min_weight: float) -> Tensor:
+    slope = _slope(nll, gamma)
+    return slope.clamp(min=min_weight) if min_weight else slope
+
+
 @dataclass(frozen=True, eq=False)
 class TaiLr:
     r"""TaiLr as a row loss for [`linear_loss`][danlu.losses.linear_loss].
@@ -293,6 +327,7 @@ class TaiLr:
         gamma: $\gamma \in [0, 1]$, a number or a tensor with one element.
         min_weight: $b \in [0, 1]$.
         label_smoothing: $\varepsilon \in [0, 1]$.
+        value: as in the function.
 
     Raises:
         ValueError: an option is out of its range.
@@ -313,37 +348,42 @@ class TaiLr:
     gamma: float | Tensor = 0.1
     min_weight: float = 0.0
     label_smoothing: float = 0.0
+    value: TaiLrValue = "potential"
 
     def __post_init__(self) -> None:
         """Check the options."""
-        _check_options(self.gamma, self.min_weight, self.label_smoothing)
+        _check_options(self.gamma, self.min_weight, self.label_smoothing, self.value)
 
     def value_and_derivative(self, nll: Tensor) -> tuple[Tensor, Tensor]:
         r"""$\varphi(\ell)$ and $\varphi'(\ell)$."""
-        value = _bounded_potential(nll, self.gamma, self.min_weight)
-        slope = _slope(nll, self.gamma)
-        return value, slope.clamp(min=self.min_weight) if self.min_weight else slope
+        weight = _weight(nll, self.gamma, self.min_weight)
+        if self.value == "weighted":
+            return weight * nll, weight
+        return _bounded_potential(nll, self.gamma, self.min_weight), weight
 
 
 class TaiLrLoss(nn.Module):
-    r"""Module form of [`tailr_loss`][danlu.losses.tailr_loss].
+    r"""Module form of [`tailr_loss`][danlu.losses.tailr_loss], with a schedule for `gamma`.
 
     Definition:
-        `forward(input, target) = tailr_loss(input, target, gamma=self.gamma, ...)`.
+        `forward(input, target) = tailr_loss(input, target, gamma=self.current_gamma, ...)`, where the current $\gamma$
+        is `gamma`, or `gamma(steps)` if that is a function of the number of finished steps.
 
     Args:
-        gamma: $\gamma \in [0, 1]$. For a schedule assign `module.gamma` between steps, such as from 0 to 0.5 over the
-            first half of training.
+        gamma: $\gamma \in [0, 1]$, a tensor with one element, or a function of the step, such as
+            `lambda step: 0.5 * min(1.0, step / 500)`. Call `advance()` after every optimizer step then, as one calls a
+            learning-rate schedule; `steps` counts, and is to be restored on resuming.
         min_weight: $b \in [0, 1]$.
         label_smoothing: $\varepsilon \in [0, 1]$.
+        value: as in the function.
         ignore_index: target of rows that count for nothing.
         reduction: "mean", "sum" or "none".
 
     Returns:
-        From `forward`: the loss (nats); `normalizer` replaces the denominator of "mean".
+        From `forward`: the loss (nats); `normalizer` replaces the denominator of "mean", `token_weight` weighs rows.
 
     Raises:
-        ValueError: an option is out of its range, at construction.
+        ValueError: an option is out of its range, at construction; of a schedule, at use.
 
     Numerics:
         As in the function.
@@ -354,36 +394,63 @@ class TaiLrLoss(nn.Module):
     Example:
         >>> import torch
         >>> from danlu.losses import TaiLrLoss
-        >>> TaiLrLoss(gamma=1.0)(torch.zeros(2, 4), torch.tensor([0, 3]))
-        tensor(0.7500)
+        >>> loss = TaiLrLoss(gamma=lambda step: min(1.0, step / 2))
+        >>> for _ in range(3):
+        ...     print(round(loss(torch.zeros(2, 4), torch.tensor([0, 3])).item(), 4))
+        ...     loss.advance()
+        1.3863
+        0.94
+        0.75
     """
 
     def __init__(
         self,
-        gamma: float = 0.1,
+        gamma: float | Tensor | Callable[[int], float] = 0.1,
         *,
         min_weight: float = 0.0,
         label_smoothing: float = 0.0,
+        value: TaiLrValue = "potential",
         ignore_index: int = -100,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        _check_options(gamma, min_weight, label_smoothing)
+        fixed = isinstance(gamma, Tensor) or not callable(gamma)
+        _check_options(gamma if fixed else gamma(0), min_weight, label_smoothing, value)
         check_reduction(reduction, None)
         self.gamma = gamma
+        self.steps = 0
         self.min_weight = min_weight
         self.label_smoothing = label_smoothing
+        self.value: TaiLrValue = value
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
 
-    def forward(self, input: Tensor, target: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
+    @property
+    def current_gamma(self) -> float | Tensor:
+        r"""$\gamma$ at the current step."""
+        gamma = self.gamma
+        return gamma if isinstance(gamma, Tensor) or not callable(gamma) else gamma(self.steps)
+
+    def advance(self, steps: int = 1) -> None:
+        """Count finished optimizer steps."""
+        self.steps += check_integer("steps", steps, low=0)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        normalizer: float | Tensor | None = None,
+        token_weight: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss."""
         return tailr_loss(
             input,
             target,
-            gamma=self.gamma,
+            gamma=self.current_gamma,
             min_weight=self.min_weight,
             label_smoothing=self.label_smoothing,
+            value=self.value,
+            token_weight=token_weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             normalizer=normalizer,
@@ -393,5 +460,5 @@ class TaiLrLoss(nn.Module):
         """Options as they stand in `repr`."""
         return (
             f"gamma={self.gamma}, min_weight={self.min_weight}, label_smoothing={self.label_smoothing}, "
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+            f"value={self.value!r}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
         )

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from danlu._common.checks import check_floating, check_same_device, is_low_precision
 
-__all__ = ["check_range", "check_targets", "negative_log_likelihood"]
+__all__ = ["check_range", "check_row_values", "check_targets", "negative_log_likelihood", "scores_of_kept_rows"]
 
 
 def check_targets(name: str, input: Tensor, target: Tensor) -> None:
@@ -25,15 +25,26 @@ def check_targets(name: str, input: Tensor, target: Tensor) -> None:
     check_same_device(**{name: input, "target": target})
 
 
-def check_range(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def check_row_values(name: str, values: Tensor, target: Tensor) -> None:
+    """Raise unless `values` is a floating constant for every row."""
+    check_floating(name, values)
+    if values.shape != target.shape:
+        raise ValueError(f"{name} must have the shape of target {tuple(target.shape)}, got {tuple(values.shape)}")
+    check_same_device(**{name: values, "target": target})
+    if values.requires_grad:
+        raise ValueError(f"{name} is not differentiated, but it requires a gradient; detach it")
+
+
+def check_range(target: Tensor, num_classes: int, ignore_index: int, *, check: bool = False) -> Tensor:
     """Return which rows are kept; on the CPU raise `ValueError` if a kept target is not a class.
 
-    On an accelerator that check would wait for the device; under `torch.compile` and `vmap` there are no values.
+    On an accelerator that waits for the device and is done with `check` only; under `torch.compile` and `vmap` there
+    are no values.
     """
     keep = target != ignore_index
     if num_classes < 1:
         raise ValueError(f"there must be at least one class, got {num_classes}")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if (check or target.device.type == "cpu") and not torch.compiler.is_compiling():
         wrong = keep & ((target < 0) | (target >= num_classes))
         if _any(wrong):
             first = int(target[wrong][0])
@@ -68,6 +79,11 @@ class _KeepRows(torch.autograd.Function):
         return grad_outputs[0].masked_fill(~keep[..., None], 0.0), None
 
 
+def scores_of_kept_rows(input: Tensor, keep: Tensor) -> Tensor:
+    """Logits, in float32 if they are half; rows that are not kept get a gradient of exactly 0."""
+    return _KeepRows.apply(input.float() if is_low_precision(input.dtype) else input, keep)
+
+
 def negative_log_likelihood(
     input: Tensor, target: Tensor, keep: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +91,7 @@ def negative_log_likelihood(
 
     Half inputs are computed in float32.
     """
-    scores = _KeepRows.apply(input.float() if is_low_precision(input.dtype) else input, keep)
+    scores = scores_of_kept_rows(input, keep)
     # Autocast would leave this in float32 as well; the classes are the last axis here.
     rows, classes = scores.flatten(0, -2), target.masked_fill(~keep, 0).flatten()
     if not label_smoothing:
