@@ -39,7 +39,6 @@ NO_TRIAL = {
     "flows/particle_trajectory": "part of wasserstein_flow",
     "flows/proximal": "the implicit step of gradient_flow",
     "flows/steepest_direction": "closed forms",
-    "losses/emo": "its trial is to come",
     "losses/emo_module": "the module of losses/emo",
     "losses/generalized_cross_entropy": "an arm of the trial losses/tailr",
     "losses/ghost_norms": "the per-sample scope of losses/gradient_penalty",

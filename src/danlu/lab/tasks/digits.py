@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -16,7 +15,7 @@ from danlu.lab.errors import TrialError
 from danlu.lab.tasks.optimizers import OPTIMIZER_OPTIONS, make_optimizer, set_learning_rate
 from danlu.lab.tasks.training import GradientFit, generator, training_device
 from danlu.lab.trial import Fit, Options, Scalar
-from danlu.losses import tailr_loss
+from danlu.losses import generalized_cross_entropy, tailr_loss, tailr_unbias
 
 __all__ = ["Digits", "calibration_error"]
 
@@ -32,7 +31,11 @@ class Digits:
 
     Metrics, each for the weights `@last_step` and for those `@best_validation` (the epoch of the highest validation
     accuracy, i.e. early stopping): `accuracy`, `expected_calibration_error` (15 equal bins of confidence),
+    `unbiased_calibration_error` (the same after `tailr_unbias`, with the loss "tailr" only),
     `negative_log_likelihood` (nats).
+
+    `loss` is "cross_entropy" with `smoothing`, "generalized_cross_entropy" with `q`, or "tailr" with `gamma`, to which
+    it rises from 0 over the share `gamma_rise` of the steps.
     """
 
     train: int = 900
@@ -49,6 +52,9 @@ class Digits:
         own: dict[str, Scalar] = {
             "loss": "cross_entropy",
             "gamma": 0.0,
+            "gamma_rise": 0.0,
+            "smoothing": 0.0,
+            "q": 0.7,
             "label_noise": 0.0,
             "width": 256,
             "batch_size": 100,
@@ -74,14 +80,14 @@ class Digits:
         device = training_device(options)
         images, labels = (torch.from_numpy(a).to(device) for a in (data.train_inputs, data.train_targets))
         batch_size = int(options["batch_size"])
-        loss_of = _loss(options)
+        loss_of = _loss(options, steps)
         torch.manual_seed(seed)
         width = int(options["width"])
         model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
         def loss(step: int) -> Tensor:
             rows = torch.randint(len(images), (batch_size,), generator=generator("batch", seed, step))
-            return loss_of(model(images[rows]), labels[rows])
+            return loss_of(step, model(images[rows]), labels[rows])
 
         optimizer = make_optimizer(model, options)
         fit = GradientFit(
@@ -96,7 +102,7 @@ class Digits:
         def observe(done: int) -> dict[str, float]:
             if done % epoch and done != steps:
                 return {}
-            accuracy = _metrics(model, *held_out)["accuracy"]
+            accuracy = _metrics(model, held_out[0], held_out[1])["accuracy"]
             if accuracy > cast("float", fit.memory.get("accuracy", -1.0)):
                 fit.memory = {
                     "accuracy": accuracy,
@@ -120,33 +126,46 @@ class Digits:
         memory = cast("Mapping[str, Tensor]", cast("dict[str, object]", fit.state()["memory"])["model"])
         best = copy.deepcopy(fit.model)
         best.load_state_dict(memory)
+        gamma = float(options["gamma"]) if options["loss"] == "tailr" else None
         conditions = {
-            "last_step": _metrics(fit.model, images, labels),
-            "best_validation": _metrics(best, images, labels),
+            "last_step": _metrics(fit.model, images, labels, gamma),
+            "best_validation": _metrics(best, images, labels, gamma),
         }
         return {f"{name}@{when}": found[name] for name in conditions["last_step"] for when, found in conditions.items()}
 
 
-def _loss(options: Options) -> Callable[[Tensor, Tensor], Tensor]:
+def _loss(options: Options, steps: int) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """The loss as a function of the step, the logits and the labels."""
     name = options["loss"]
+    gamma, rise = float(options["gamma"]), float(options["gamma_rise"]) * steps
+    smoothing, q = float(options["smoothing"]), float(options["q"])
     if name == "cross_entropy":
-        return F.cross_entropy
+        return lambda _, logits, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if name == "generalized_cross_entropy":
+        return lambda _, logits, labels: generalized_cross_entropy(logits, labels, q=q)
     if name == "tailr":
-        return partial(tailr_loss, gamma=float(options["gamma"]))
-    raise TrialError(f"unknown loss {name!r}; known: cross_entropy, tailr")
+        return lambda step, logits, labels: tailr_loss(
+            logits, labels, gamma=gamma * min(1.0, step / rise) if rise else gamma
+        )
+    raise TrialError(f"unknown loss {name!r}; known: cross_entropy, generalized_cross_entropy, tailr")
 
 
 @torch.no_grad()
-def _metrics(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+def _metrics(model: nn.Module, images: Tensor, labels: Tensor, gamma: float | None = None) -> dict[str, float]:
     model.eval()
     log_probabilities = model(images).double().log_softmax(-1)
-    confidence, guess = log_probabilities.exp().max(-1)
+    probabilities = log_probabilities.exp()
+    confidence, guess = probabilities.max(-1)
     correct = guess == labels
-    return {
+    metrics = {
         "accuracy": float(correct.double().mean()),
         "expected_calibration_error": calibration_error(confidence, correct),
         "negative_log_likelihood": float(F.nll_loss(log_probabilities, labels)),
     }
+    if gamma is not None:
+        unbiased = tailr_unbias(probabilities, gamma=gamma).amax(-1)
+        metrics["unbiased_calibration_error"] = calibration_error(unbiased, correct)
+    return metrics
 
 
 def calibration_error(confidence: Tensor, correct: Tensor) -> float:
