@@ -3,7 +3,7 @@
 from danlu.lab.tasks.finetuning_lm import FinetuningLM
 from danlu.lab.trial import Arm, Budget, Comparison, Options, Trial
 
-_LRS = ({"lr": 0.002}, {"lr": 0.001}, {"lr": 0.004})
+_LRS = ({"lr": 0.004}, {"lr": 0.002}, {"lr": 0.008})
 
 
 def _emo(**options: bool | float | str) -> Arm:
