@@ -120,8 +120,8 @@ def emo_loss(
         >>> meaning = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> near, far = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
         >>> target = torch.tensor([0])
-        >>> [round(emo_loss(z, target, cost_embedding=meaning, mode="pure").item(), 3) for z in (near, far)]
-        [0.327, 0.618]
+        >>> [round(emo_loss(z, target, cost_embedding=meaning, mode="pure").item(), 2) for z in (near, far)]
+        [0.33, 0.62]
     """
     loss = EMO(
         cost_embedding=cost_embedding,

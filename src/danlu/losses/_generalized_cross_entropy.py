@@ -41,8 +41,8 @@ class GeneralizedCE:
     Example:
         >>> import torch
         >>> from danlu.losses import GeneralizedCE
-        >>> GeneralizedCE(q=0.5).value_and_derivative(torch.tensor([0.0, 2.0]))
-        (tensor([-0.0000, 1.2642]), tensor([1.0000, 0.3679]))
+        >>> GeneralizedCE(q=0.5).value_and_derivative(torch.tensor([1.0, 2.0]))
+        (tensor([0.7869, 1.2642]), tensor([0.6065, 0.3679]))
     """
 
     q: float = 0.7

@@ -39,8 +39,9 @@ class FinetuningLM:
     kept in the user's cache. Fine-tuning: the texts of `pydoc_data.topics`, 70 / 12 / 18 % of the topics by hash; the
     seed draws the batches. The `types` most frequent words of both training texts have a row, the rest share row 0.
 
-    `loss` is "cross_entropy", "emo" with `mode` and `cost` ("embedding": a frozen copy of the pretrained head, or
-    "zero_one", the same weighting without any geometry), or "tailr" with `gamma` and `min_weight`.
+    `loss` is "cross_entropy", "emo" with `mode`, `shift_target`, `max_ratio` (0 for none) and `cost` ("embedding": a
+    frozen copy of the pretrained head, or "zero_one", the same weighting without any geometry), or "tailr" with `gamma`
+    and `min_weight`.
 
     Metrics: `perplexity` and `accuracy` of the next word on held-out topics; of continuations of held-out prompts,
     sampled at `temperature`: `trigram_precision` (share of their trigrams that occur in real text),
@@ -61,6 +62,7 @@ class FinetuningLM:
             "mode": "ce_anchored",
             "cost": "embedding",
             "shift_target": False,
+            "max_ratio": 0.0,
             "gamma": 0.1,
             "min_weight": 0.2,
             "lr": 1.5e-3,
@@ -232,13 +234,16 @@ def _row_loss(options: Options, head: Tensor) -> CrossEntropy | EMO | TaiLr:
         return TaiLr(float(options["gamma"]), min_weight=float(options["min_weight"]))
     if name != "emo":
         raise TrialError(f"unknown loss {name!r}; known: cross_entropy, emo, tailr")
-    mode, shift = str(options["mode"]), bool(options["shift_target"])
-    if options["cost"] == "embedding":
-        return EMO(cost_embedding=head, mode=mode, shift_target=shift)  # pyrefly: ignore[bad-argument-type]
-    if options["cost"] == "zero_one":
-        costs = 1 - torch.eye(len(head), device=head.device)
-        return EMO(cost_matrix=costs, mode=mode, shift_target=shift)  # pyrefly: ignore[bad-argument-type]
-    raise TrialError(f"unknown cost {options['cost']!r}; known: embedding, zero_one")
+    if options["cost"] not in ("embedding", "zero_one"):
+        raise TrialError(f"unknown cost {options['cost']!r}; known: embedding, zero_one")
+    geometry = options["cost"] == "embedding"
+    return EMO(
+        cost_embedding=head if geometry else None,
+        cost_matrix=None if geometry else 1 - torch.eye(len(head), device=head.device),
+        mode=str(options["mode"]),  # pyrefly: ignore[bad-argument-type]
+        shift_target=bool(options["shift_target"]),
+        max_ratio=float(options["max_ratio"]) or None,
+    )
 
 
 def _windows(words: Tensor, options: Options, random: torch.Generator) -> Tensor:

@@ -28,6 +28,8 @@ TRIAL = Trial(
         "cross_entropy_at_0.85": Arm(options={"temperature": 0.85}, grid=_LRS),
         "cross_entropy_at_0.7": Arm(options={"temperature": 0.7}, grid=_LRS),
         "emo": _emo(),
+        "emo_bounded": _emo(max_ratio=3.0),
+        "emo_shifted": _emo(shift_target=True),
         "emo_zero_one_cost": _emo(cost="zero_one"),
         "emo_pure": _emo(mode="pure"),
         "tailr": Arm(options={"loss": "tailr"}, grid=_LRS, method="danlu.losses.linear_tailr_loss"),
@@ -64,7 +66,8 @@ TRIAL = Trial(
     notes=(
         "The learning rate of every arm is chosen by perplexity on held-out topics. EMO is not proper and sharpens; a "
         "lower temperature does so, too, which is why cross entropy is also sampled at 0.85 and 0.7 from the same "
-        "weights. Costs of 0 and 1 show what the embedding adds. The model is small and its pretraining short, so this "
-        "says little about large models."
+        "weights. Costs of 0 and 1 show what the embedding adds. `emo_bounded` is the default of the authors' package, "
+        "`emo_shifted` a recipe of their code for LLaMA. The model is small and its pretraining short, so this says "
+        "little about large models."
     ),
 )

@@ -64,6 +64,8 @@ TRIAL = Trial(
     notes=(
         "The number behind @ is the percentage of wrong labels in training and validation; test labels are clean. "
         "Every arm tries two points of the knob that matters for it. `best_validation` is early stopping by the noisy "
-        "validation labels, the fair baseline. `tailr_rising` takes gamma from 0 up over the first half."
+        "validation labels, the fair baseline. `tailr_rising` takes gamma from 0 up over the first half. "
+        "`unbiased_calibration_error` is large: with these labels TaiLr cuts classes to zero, where `tailr_unbias` has "
+        "nothing to go back to."
     ),
 )
