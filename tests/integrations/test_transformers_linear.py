@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers")
 
+from danlu.integrations.transformers import token_loss  # noqa: E402
 from danlu.integrations.transformers_linear import LinearLossMixin, fused_causal_lm_loss  # noqa: E402
-from danlu.losses import EMO, TaiLr, emo_loss, tailr_loss  # noqa: E402
+from danlu.losses import EMO, GeneralizedCE, TaiLr, emo_loss, generalized_cross_entropy, tailr_loss  # noqa: E402
 
 SMALL = {
     "vocab_size": 40,
@@ -90,6 +91,22 @@ def test_count_statistics_and_unshifted_labels():
     torch.testing.assert_close(unshifted, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
     embedded = fused_causal_lm_loss(model, None, mask, labels, inputs_embeds=model.get_input_embeddings()(ids))
     torch.testing.assert_close(embedded, mean)
+
+
+def test_dense_losses_as_compute_loss_func():
+    """EMO and the relatives of TaiLr where the logits are at hand."""
+    model, (ids, mask, labels) = make("llama"), batch()
+    outputs = model(input_ids=ids, attention_mask=mask)
+    for dense, row in (
+        (
+            partial(emo_loss, cost_embedding=model.lm_head.weight, max_ratio=3.0),
+            EMO(cost_embedding="head", max_ratio=3.0),
+        ),
+        (partial(generalized_cross_entropy, q=0.4), GeneralizedCE(0.4)),
+    ):
+        value = token_loss(dense)(outputs, labels, torch.tensor(20))
+        expected = fused_causal_lm_loss(model, ids, mask, labels, loss=row, num_items_in_batch=20)
+        torch.testing.assert_close(value, expected)
 
 
 def test_refusals():
