@@ -98,7 +98,6 @@ NO_TEST = {
     "flows/functional",
     "flows/particle_trajectory",
     "flows/proximal",
-    "losses/linear_engine",
     "losses/second_gradients",
     "losses/targets",
     "simplex/subset_sums",

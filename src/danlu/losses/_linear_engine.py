@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from danlu._common.checks import is_low_precision
+from danlu.kernels import explain
+from danlu.kernels.linear_rows import RowCoefficients, row_statistics, write_row_gradients
 from danlu.losses._ground_cost import CostRows
 from danlu.losses._row_loss import RowLoss, TransportRowLoss, is_row_loss, is_transport_loss
 
@@ -292,8 +294,56 @@ def _accumulate(total: Tensor, gradient: Tensor, states: Tensor) -> None:
         total += torch.mm(gradient.t(), states)
 
 
+def _has_kernel(logits: Tensor, batch: _Batch, plan: Plan) -> bool:
+    """Whether compiled passes can do all that the plan asks for."""
+    if logits.device.type == "cpu" or explain("linear_rows", logits) is not None:
+        return False
+    if batch.shift is not None and plan.softcap is not None:
+        # The shift comes after the cap, which they apply on the fly.
+        return False
+    # They take the cost of the target for 0, which a table of the user's need not have.
+    return is_row_loss(plan.loss) or (is_transport_loss(plan.loss) and plan.loss.ground_cost.matrix is None)
+
+
+def _rows_of_kernel(logits: Tensor, cost: Tensor | None, batch: _Batch, plan: Plan, *, grad: bool) -> _Rows:
+    """As `_rows_of`, in two passes over the logits."""
+    smoothing, empty = plan.label_smoothing, logits.new_empty(0)
+    ignored, classes = ~batch.keep, logits.shape[1]
+    shifted = batch.shift is not None
+    correct = (logits.argmax(1) == batch.target) & batch.keep if plan.stats and shifted else empty
+    if batch.shift is not None:
+        logits.scatter_add_(1, batch.target[:, None], -batch.shift[:, None])
+    found = row_statistics(logits, batch.target, costs=cost, softcap=plan.softcap)
+    if plan.stats and not shifted:
+        correct = (found.best == batch.target) & batch.keep
+    nll, per_cost = found.log_total - found.chosen, torch.zeros_like(found.log_total)
+    if is_transport_loss(plan.loss):
+        value, toward_target, per_cost = plan.loss.value_and_derivatives(nll, found.expected)
+    elif is_row_loss(plan.loss):
+        value, toward_target = plan.loss.value_and_derivative(nll)
+    else:
+        raise TypeError("a row loss is needed")
+    if smoothing:
+        value = (1 - smoothing) * value + smoothing * (found.log_total - found.sums / classes)
+    if grad:
+        # The scale of the logits is that of their gradient, too.
+        weights = batch.weights * plan.logit_scale
+        toward_target = weights * (1 - smoothing) * toward_target
+        coefficients = RowCoefficients(
+            per_probability=toward_target + weights * smoothing,
+            toward_target=toward_target,
+            uniform=weights * (smoothing / classes),
+            per_cost=weights * (1 - smoothing) * per_cost,
+        )
+        write_row_gradients(logits, batch.target, batch.keep, found, coefficients, costs=cost, softcap=plan.softcap)
+    expected = empty if cost is None else found.expected.masked_fill(ignored, 0.0)
+    return _Rows(value.masked_fill(ignored, 0.0), nll.masked_fill(ignored, 0.0), correct, expected)
+
+
 def _rows_of(logits: Tensor, cost: Tensor | None, batch: _Batch, plan: Plan, *, grad: bool) -> _Rows:
     """Losses of some rows; with `grad` the logits are overwritten by the gradient of the weighted sum."""
+    if _has_kernel(logits, batch, plan):
+        return _rows_of_kernel(logits, cost, batch, plan, grad=grad)
     slope = None
     if plan.softcap is not None:
         logits.div_(plan.softcap).tanh_()
