@@ -103,6 +103,8 @@ def linear(loss):
     return Operation(call, ((6, 5), (7, 5)), whole_graph=CHUNKED)
 
 
+MARGIN = losses.MarginSoftmaxLoss(5, 7, temperature=0.5)
+
 OPERATIONS: dict[str, Operation] = {
     "activations.SquarePlus": Operation(lambda x: activations.SquarePlus("softplus")(x), ((4, 7),)),
     "activations.SquarePlus:in_place": Operation(lambda x: activations.SquarePlus(inplace=True)(x * 1.0), ((4, 7),)),
@@ -149,6 +151,21 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "losses.mixce_loss": Operation(lambda z: losses.mixce_loss(z, TARGET, label_smoothing=0.1), ((6, 7),)),
     "losses.CrossEntropy": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.CrossEntropy(0.1))),
+    "losses.EntmaxLoss": Operation(lambda z: losses.EntmaxLoss(1.25)(z, TARGET), ((6, 7),)),
+    "losses.MarginSoftmaxLoss": Operation(
+        lambda h, w: functional_call(MARGIN, {"weight": w}, (h, TARGET)), ((6, 5), (7, 5)), whole_graph=CHUNKED
+    ),
+    "losses.SparseSoftmaxLoss": Operation(lambda z: losses.SparseSoftmaxLoss(k=3)(z, TARGET), ((6, 7),)),
+    "losses.SparsemaxLoss": Operation(lambda z: losses.SparsemaxLoss()(z, TARGET), ((6, 7),)),
+    "losses.entmax_loss": Operation(lambda z: losses.entmax_loss(z, TARGET), ((6, 7),)),
+    "losses.linear_margin_softmax_loss": linear(
+        lambda h, w: losses.linear_margin_softmax_loss(h, w, TARGET, temperature=0.5, chunk_size=4)
+    ),
+    "losses.margin_softmax_loss": Operation(
+        lambda z: losses.margin_softmax_loss(z.tanh(), TARGET, kind="arcface", temperature=0.5), ((6, 7),)
+    ),
+    "losses.sparse_softmax_loss": Operation(lambda z: losses.sparse_softmax_loss(z, TARGET, k=3), ((6, 7),)),
+    "losses.sparsemax_loss": Operation(lambda z: losses.sparsemax_loss(z, TARGET), ((6, 7),)),
     "losses.TaiLr": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.TaiLr(0.3, min_weight=0.2))),
     "losses.TaiLrLoss": Operation(lambda z: losses.TaiLrLoss(0.3)(z, TARGET), ((6, 7),)),
     "losses.linear_loss": linear(lambda h, w: losses.linear_loss(h, w, TARGET, losses.CrossEntropy(), chunk_size=4)),

@@ -93,7 +93,7 @@ def negative_log_likelihood(
     """
     scores = scores_of_kept_rows(input, keep)
     # Autocast would leave this in float32 as well; the classes are the last axis here.
-    rows, classes = scores.flatten(0, -2), target.masked_fill(~keep, 0).flatten()
+    rows, classes = scores.reshape(-1, scores.shape[-1]), target.masked_fill(~keep, 0).flatten()
     if not label_smoothing:
         nll = F.cross_entropy(rows, classes, reduction="none")
         return nll.view(target.shape).masked_fill(~keep, 0.0), None
