@@ -104,6 +104,7 @@ def test_every_public_name_has_an_api_page():
         assert f"::: danlu.{family}" in page
     for name in (
         "danlu.integrations.transformers",
+        "danlu.integrations.transformers_attention",
         "danlu.integrations.transformers_penalty",
         "danlu.lab.trial",
         "danlu.lab.runner",
