@@ -44,7 +44,6 @@ NO_TRIAL = {
     "losses/ghost_norms": "the per-sample scope of losses/gradient_penalty",
     "diagnostics/embedding_health": "a metric; the trial embedding_anomaly reports what it finds",
     "losses/ground_cost": "the costs of losses/emo",
-    "losses/fenchel_young": "its trial is losses/x",
     "losses/margin_softmax": "a matter of faces and open-set search, for which there are no data here",
     "losses/sparse_softmax": "an arm of the trial losses/fenchel_young",
     "losses/linear": "an engine; its losses have trials",
@@ -86,13 +85,11 @@ NO_TRIAL = {
     "precision/probe": "part of the report, see precision/precision",
     "precision/report": "a measurement; precision/precision publishes one",
     "precision/train_step": "its trials are precision/precision and precision/loss_scaling",
-    "simplex/entmax": "its trial is simplex/attention",
     "simplex/entmax_rows": "what entmax and sparsemax share",
-    "simplex/perturb_max": "its trial is simplex/attention",
+    "simplex/perturb_max": "an arm of the trial simplex/taylor_softmax",
     "simplex/softmax": "the baseline of the trials of its relatives",
-    "simplex/sparse_softmax": "an arm",
-    "simplex/sparsemax": "an arm",
-    "simplex/taylor_softmax": "an arm",
+    "simplex/sparse_softmax": "an arm of the trial losses/fenchel_young",
+    "simplex/sparsemax": "an arm of the trial simplex/entmax",
 }
 # Private files whose tests are those of the public functions that use them.
 NO_TEST = {
