@@ -188,10 +188,12 @@ void vjp_row(const T* p, const T* v, T* dx, int64_t n, double alpha, Scratch<T>&
     for (int64_t i = begin; i < end; ++i) any |= bits_as<Word>(p[i]);
     if (!any) continue;
     for (int64_t i = begin; i < end; ++i) {
-      s[count] = static_cast<double>(load(p[i]));
+      // Not read back from the array: the next place would wait for the store.
+      const double probability = static_cast<double>(load(p[i]));
+      s[count] = probability;
       cotangent[count] = static_cast<double>(load(v[i]));
       index[count] = i;
-      count += s[count] != 0;
+      count += probability != 0;
     }
   }
   double total = 0, mean = 0;

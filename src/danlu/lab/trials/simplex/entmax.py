@@ -35,10 +35,10 @@ TRIAL = Trial(
     sizes={
         "ci": Budget(steps=20, seeds=3, grid=2, options={"width": 16}),
         "demo": Budget(steps=300, seeds=5, grid=2),
-        "report": Budget(steps=1200, seeds=6),
+        "report": Budget(steps=900, seeds=5),
     },
     notes=(
-        "1200 steps are 50 epochs of 1200 digits. A sparse map passes no gradient to the keys that it does not read, "
+        "900 steps are 37 epochs of 1200 digits. A sparse map passes no gradient to the keys that it does not read, "
         "so it learns more slowly. `perplexity` counts keys by their weight, `nonzero` those above 0, of 64."
     ),
 )
