@@ -179,7 +179,7 @@ def emo_bound(
 
     Definition:
         $$\sum_{ij} p_i\,\tau_j\,c_{ij}
-        = 1 - \big\langle \textstyle\sum_i p_i \hat e_i,\ \sum_j \tau_j \hat e_j \big\rangle$$
+        = 1 - \langle \textstyle\sum_i p_i \hat e_i,\ \sum_j \tau_j \hat e_j \rangle$$
         with $p = \operatorname{softmax}(z)$, $\tau$ = `target` and unit rows $\hat e$ of `cost_embedding`.
 
         **The bound is loose**: it is not 0 at $p = \tau$, and its minimum is one-hot whatever $\tau$ is. It equals the
