@@ -140,6 +140,10 @@ def test_token_weight():
     weight = torch.tensor([1.0, 0.0, 5.0, 2.0, 1.0, 1.0])
     rows = margin_softmax_loss(c, TARGET, reduction="none")
     torch.testing.assert_close(margin_softmax_loss(c, TARGET, token_weight=weight, reduction="none"), rows * weight)
+    for kind in KINDS:
+        linear = linear_margin_softmax_loss(draw(6, 8), draw(5, 8, seed=1), TARGET, kind=kind, token_weight=weight)
+        dense = margin_softmax_loss(c, TARGET, kind=kind, token_weight=weight)
+        torch.testing.assert_close(linear, dense)
 
 
 @pytest.mark.parametrize(

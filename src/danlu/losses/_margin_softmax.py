@@ -7,6 +7,7 @@ Shape letters: `V` classes; `D` features; `...` batch axes.
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from danlu._common.checks import check_choice, check_floating, check_real, is_low_precision
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
 from danlu.losses._linear import linear_loss
+from danlu.losses._row_loss import CrossEntropy
 from danlu.losses._targets import check_range, check_row_values, check_targets, scores_of_kept_rows
 
 __all__ = ["MarginSoftmaxLoss", "linear_margin_softmax_loss", "margin_softmax_loss"]
@@ -105,6 +107,7 @@ def linear_margin_softmax_loss(
     kind: Kind = "cosface",
     margin: float | None = None,
     temperature: float = _TEMPERATURE,
+    token_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
@@ -125,6 +128,7 @@ def linear_margin_softmax_loss(
         kind: as in [`margin_softmax_loss`][danlu.losses.margin_softmax_loss].
         margin: as there.
         temperature: as there.
+        token_weight: as there.
         ignore_index: as there.
         reduction: as there.
         normalizer: as there.
@@ -142,7 +146,8 @@ def linear_margin_softmax_loss(
         Norms and products are float32 for half inputs. A feature or vector of norm 0 has cosine 0 with everything.
 
     Cost:
-        That of [`linear_loss`][danlu.losses.linear_loss], and a copy of both inputs of norm 1.
+        That of [`linear_loss`][danlu.losses.linear_loss], and a copy of both inputs of norm 1. CosFace is its cross
+        entropy; ArcFace is differentiated chunk by chunk.
 
     Source:
         As in [`margin_softmax_loss`][danlu.losses.margin_softmax_loss].
@@ -159,20 +164,23 @@ def linear_margin_softmax_loss(
     chosen = _check_options(kind, margin, temperature)
     keep = check_range(target, linear_weight.shape[0], ignore_index)
 
-    def row_loss(cosines: Tensor, classes: Tensor) -> Tensor:
-        return _rows(cosines, classes, kind, chosen, temperature)
-
     vectors = linear_weight.float() if is_low_precision(linear_weight.dtype) else linear_weight
-    return linear_loss(
-        F.normalize(scores_of_kept_rows(input, keep), dim=-1),
-        F.normalize(vectors, dim=-1),
+    features, vectors = F.normalize(scores_of_kept_rows(input, keep), dim=-1), F.normalize(vectors, dim=-1)
+    run = partial(
+        linear_loss,
+        features,
+        vectors,
         target,
-        row_loss,
+        token_weight=token_weight,
         ignore_index=ignore_index,
         reduction=reduction,
         normalizer=normalizer,
         chunk_size=chunk_size,
     )
+    if kind == "cosface":
+        # The margin is a constant, so this is cross entropy of shifted logits.
+        return run(CrossEntropy(), logit_scale=1.0 / temperature, target_shift=chosen / temperature)
+    return run(lambda cosines, classes: _rows(cosines, classes, kind, chosen, temperature))
 
 
 def _rows(cosines: Tensor, target: Tensor, kind: str, margin: float, temperature: float) -> Tensor:
