@@ -58,6 +58,9 @@ class LazyOracle:
                 first = not self.seen
                 decayed = fresh if self.freeze else np.full(len(m), first)
                 m[decayed] *= 0.9
+                if not first:
+                    # A bad gradient loses the decay of a cycle that it begins, not of a row that it comes to later.
+                    before = m.copy()
                 m = m + 0.1 / self.k * g
             u, scale = np.sign(m), tiger_scale(self.theta, "embedding")
         self.seen = self.seen or g is not None
@@ -65,7 +68,9 @@ class LazyOracle:
         if bad:
             m, moved = before, self.theta * (0.99 if self.nonfinite == "shrink" else 1.0)
         if last or bad:
-            self.theta = np.where(self.touched[:, None], moved, self.theta)
+            # Before the last micro-step a bad gradient shrinks the rows that it touches itself.
+            reached = self.touched if last else now
+            self.theta = np.where(reached[:, None], moved, self.theta)
         self.m = np.where(now[:, None], m, before) if self.freeze else m
 
 
@@ -186,6 +191,26 @@ def test_bad_gradients(cls, lazy_state, foreach, as_sparse, bad):
     torch.testing.assert_close(momentum(optimizer, p), torch.from_numpy(oracle.m), rtol=1e-12, atol=1e-15)
     assert optimizer.nonfinite_events == {"table": events}
     assert events >= 3
+
+
+@states
+@paths
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_bad_gradients_within_a_cycle(lazy_state, foreach, when):
+    start = np.random.default_rng(9).normal(size=(ROWS, WIDTH))
+    p = nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer = make(Tiger, [p], lazy_state=lazy_state, foreach=foreach, grad_accum_steps=3)
+    oracle = LazyOracle(start, Tiger, lazy_state=lazy_state, k=3)
+    for step, cycle in enumerate(gradients(12, k=3)):
+        if step % 3 == 0:
+            cycle[when][2, 1] = math.nan
+            cycle[(when + 1) % 3] = None
+        for g in cycle:
+            step_on(optimizer, p, g)
+        oracle.cycle(cycle)
+        torch.testing.assert_close(p.detach(), torch.from_numpy(oracle.theta), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(momentum(optimizer, p), torch.from_numpy(oracle.m), rtol=1e-12, atol=1e-15)
+    assert optimizer.nonfinite_events == {"table": 4}
 
 
 @both

@@ -327,8 +327,10 @@ def _masked(
         fresh = now if earlier is None else now & ~earlier
         _decay_(aligned["exp_avg"], beta, fresh.to(torch.int32))
     update(param, grad, aligned, not first, guard, 0)
+    # Before the last micro-step only a bad gradient moves rows: its own.
+    moved = touched if last or now is None else now
+    param.copy_(torch.where(_over_rows(moved, param), param, start))
     mask = _over_rows(touched, param)
-    param.copy_(torch.where(mask, param, start))
     for key, one in held.items():
         aligned[key].copy_(torch.where(mask, aligned[key], one))
     if not last:
