@@ -140,6 +140,47 @@ def test_state_dict_round_trip_is_exact_and_not_aliased(cls, foreach):
 
 
 @optimizers
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.bfloat16, torch.float64),
+        (torch.float64, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_a_checkpoint_of_another_dtype_goes_on(cls, foreach, before, after):
+    """The run goes on as one that was in the new dtype from the start, to the precision of the coarser of the two."""
+
+    def trained(dtype, steps, start, net, saved=None):
+        optimizer = make(cls, parameter_groups(net), lr=1e-3, foreach=foreach, rounding="kahan")
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+        for step in range(start, start + steps):
+            for i, p in enumerate(net.parameters()):
+                generator = torch.Generator().manual_seed(100 * step + i)
+                # Far from 0, where the signs of a sum could differ.
+                p.grad = (torch.rand(p.shape, generator=generator, dtype=torch.float64) + 1).to(dtype)
+            optimizer.step()
+        return optimizer
+
+    moved = model().to(before)
+    saved = trained(before, 3, 0, moved).state_dict()
+    resumed = trained(after, 3, 3, moved.to(after), copy.deepcopy(saved))
+    if after == torch.bfloat16:
+        assert all(s["compensation"].dtype == after for s in resumed.state.values() if "compensation" in s)
+    straight = model().to(after)
+    trained(after, 6, 0, straight)
+    tolerance = max(torch.finfo(dtype).eps for dtype in (before, after))
+    for p, q in zip(moved.parameters(), straight.parameters(), strict=True):
+        assert p.dtype == after
+        torch.testing.assert_close(p.double(), q.double(), rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@optimizers
 def test_missing_gradients_are_skipped(cls):
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = make(cls, [a, b], lr=0.1, weight_decay=0.5)

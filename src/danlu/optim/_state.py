@@ -41,14 +41,28 @@ def group_rounding(
 def restore_state_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """After `load_state_dict`: own copies of the state tensors, in the dtypes in which they were saved.
 
-    torch casts them to the dtype of the parameter, which would round the float32 state of a bfloat16 parameter.
+    torch casts them to the dtype of the parameter, which would round the float32 state of a bfloat16 parameter. Cast
+    is only what the arithmetic of this optimizer's parameters cannot use, since the model has another dtype.
     """
     saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for identity, param in zip(saved, params, strict=True):
         for name, value in state_dict["state"].get(identity, {}).items():
             if isinstance(value, Tensor):
-                optimizer.state[param][name] = value.detach().to(param.device, copy=True)
+                dtype = _usable_dtype(name, value.dtype, param.dtype)
+                optimizer.state[param][name] = value.detach().to(param.device, dtype, copy=True)
+
+
+def _usable_dtype(name: str, saved: torch.dtype, param: torch.dtype) -> torch.dtype:
+    """The dtype for a state tensor that was saved in another one, perhaps for a parameter of another dtype."""
+    if name == "compensation":
+        return param if is_low_precision(param) else saved
+    # Counts of steps are float32, whatever the parameter.
+    if name == "step" or not (saved.is_floating_point and param.is_floating_point):
+        return saved
+    if (saved == torch.float64) != (param == torch.float64):
+        return torch.promote_types(param, torch.float32)
+    return saved
 
 
 def device_step(group: dict[str, Any], key: str, step: int) -> int | Tensor:
