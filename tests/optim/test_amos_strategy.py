@@ -284,6 +284,18 @@ def test_closure_groups_and_scaler():
     assert same(values(first), values(second))
 
 
+@pytest.mark.parametrize("rate", [-0.1, torch.tensor(-0.1), torch.tensor(math.nan)])
+def test_a_bad_rate_of_a_schedule_is_refused(rate):
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = UpdateNormalized(torch.optim.SGD([{"params": [p]}, {"params": [q], "momentum": 0.5}], lr=1.0))
+    p.grad, q.grad = torch.ones(2), torch.ones(2)
+    optimizer.param_groups[-1]["lr"] = rate
+    with pytest.raises(ValueError, match=r"lr must be in"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(2))
+    assert torch.equal(q, torch.ones(2))
+
+
 def test_parameters_are_restored_when_the_inner_step_fails():
     class Failing(torch.optim.SGD):
         def step(self, closure=None):

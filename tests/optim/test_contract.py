@@ -377,6 +377,22 @@ def test_bad_options(cls, options, error, match):
 
 
 @optimizers
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("rate", [-0.1, math.nan])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_bad_rate_of_a_schedule_is_refused(cls, foreach, rate, kind):
+    if cls in (Lion, Tiger):
+        pytest.skip("their compiled steps do not wait for the value of a tensor")
+    p = nn.Parameter(torch.ones(3))
+    optimizer = make(cls, [p], lr=0.1, foreach=foreach)
+    optimizer.param_groups[0]["lr"] = kind(rate)
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"lr must be in \[0, inf\), got (-0\.1|nan)"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+
+
+@optimizers
 def test_legal_extremes_and_sparse(cls):
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)

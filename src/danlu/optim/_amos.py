@@ -25,7 +25,7 @@ from danlu.optim._amos_step import (
     single_tensor_amos,
 )
 from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
-from danlu.optim._options import as_float, check_beta, check_gradients, check_lr, check_shared_options
+from danlu.optim._options import check_beta, check_gradients, check_lr, check_shared_options, checked_rate
 from danlu.optim._param_groups import KINDS, kind_by_shape, parameter_groups
 from danlu.optim._rounding import Rounding, RoundingMode
 from danlu.optim._state import add_compensation, group_rounding, restore_state_tensors
@@ -395,7 +395,7 @@ def amos(
     if nonfinite == "raise":
         raise_if_nonfinite({f"params[{i}]": grad for i, grad in enumerate(grads)})
     numbers = Numbers(
-        lr=as_float(lr),
+        lr=checked_rate(lr),
         beta=beta,
         momentum=momentum,
         clip_value=clip_value,

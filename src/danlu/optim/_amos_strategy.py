@@ -19,7 +19,7 @@ from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._amos import Amos
 from danlu.optim._lion import Lion
 from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
-from danlu.optim._options import as_float, check_gradients, check_lr
+from danlu.optim._options import check_gradients, checked_rate
 from danlu.optim._param_groups import DECAYED, Kind, kind_by_shape, parameter_groups
 from danlu.optim._schedules import inverse_square, inverse_time
 from danlu.optim._state import restore_state_tensors
@@ -249,25 +249,26 @@ class UpdateNormalized(Optimizer):
                 loss = closure()
         check_gradients("UpdateNormalized", self.param_groups)
         hidden = self._bad_gradients()
-        live: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+        live: list[tuple[Tensor, Tensor, float, float]] = []
         for group in self.param_groups:
-            check_lr(group["lr"])
-            live += [(p, p.detach().clone(), group) for p in group["params"] if p.grad is not None and p not in hidden]
+            numbers = checked_rate(group["lr"]), group["weight_decay"]
+            chosen = [p for p in group["params"] if p.grad is not None and p not in hidden]
+            live += [(p, p.detach().clone(), *numbers) for p in chosen]
         try:
             for param in hidden:
                 param.grad = None
-            for param, _, _ in live:
+            for param, *_ in live:
                 param.zero_()
             self.inner.step()
         except BaseException:
-            for param, start, _ in live:
+            for param, start, *_ in live:
                 param.copy_(start)
             raise
         finally:
             for param, grad in hidden.items():
                 param.grad = grad
-        for param, start, group in live:
-            param.copy_(_moved(start, param, as_float(group["lr"]), group["weight_decay"]))
+        for param, start, rate, decay in live:
+            param.copy_(_moved(start, param, rate, decay))
         return loss
 
     def _bad_gradients(self) -> dict[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_dim, check_real
 from danlu.optim._nonfinite import all_finite, event_counts, is_finite
-from danlu.optim._options import as_float
+from danlu.optim._options import checked_rate
 from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, write
 from danlu.optim._state import add_compensation, group_rounding, restore_state_tensors
 from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
@@ -188,7 +188,7 @@ class ExponentiatedGradient(Optimizer):
         raise_where_wanted(self.param_groups)
         number = 0
         for group in self.param_groups:
-            rate = as_float(group["lr"])
+            rate = checked_rate(group["lr"])
             rate = -rate if group["maximize"] else rate
             guard = group["nonfinite"] == "skip"
             params = [param for param in group["params"] if param.grad is not None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from danlu._common.checks import check_choice, check_real
 from danlu.optim._nonfinite import finite_flags
-from danlu.optim._options import as_float, check_beta, check_lr
+from danlu.optim._options import check_beta, check_lr, checked_rate
 from danlu.optim._rounding import Rounding, Writer, read, write
 
 __all__ = ["check_numbers", "folded_adamw"]
@@ -97,7 +97,7 @@ def folded_adamw(
         lengths["nonfinite_counts"] = len(nonfinite_counts)
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the lists must have one length, got {lengths}")
-    rate = as_float(lr)
+    rate = checked_rate(lr)
     call = _Call(
         betas=betas,
         eps=eps,

@@ -9,7 +9,15 @@ from torch import Tensor
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._rounding import check_rounding
 
-__all__ = ["as_float", "check_beta", "check_gradients", "check_layouts", "check_lr", "check_shared_options"]
+__all__ = [
+    "as_float",
+    "check_beta",
+    "check_gradients",
+    "check_layouts",
+    "check_lr",
+    "check_shared_options",
+    "checked_rate",
+]
 
 
 def check_lr(lr: float | Tensor) -> None:
@@ -68,3 +76,8 @@ def check_layouts(name: str, param_groups: Sequence[Mapping[str, Any]]) -> None:
 def as_float(lr: float | Tensor) -> float:
     """The learning rate as a number; a tensor on an accelerator is waited for, once per group."""
     return float(lr.item()) if isinstance(lr, Tensor) else float(lr)
+
+
+def checked_rate(lr: float | Tensor) -> float:
+    """`as_float` of a rate that a schedule may have set, or of a tensor, whose value is first known here."""
+    return check_real("lr", as_float(lr), low=0.0)

@@ -19,7 +19,7 @@ from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._displacement import adapts, last_displacement, stretch
 from danlu.optim._gains import Item, Kind, Rule, adapt_scales, advance, check_range, items_of
 from danlu.optim._nonfinite import all_finite, event_counts, parameter_name
-from danlu.optim._options import as_float, check_beta
+from danlu.optim._options import check_beta, checked_rate
 from danlu.optim._rounding import RoundingMode
 from danlu.optim._state import restore_state_tensors
 from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
@@ -488,7 +488,7 @@ class EGSGD(Optimizer):
         raise_where_wanted(self.param_groups)
         number = 0
         for group in self.param_groups:
-            rate = as_float(group["lr"])
+            rate = checked_rate(group["lr"])
             rule = Rule(
                 kind="sgd",
                 lr=rate,
@@ -507,7 +507,7 @@ class EGSGD(Optimizer):
 
 def _rule(kind: Kind, group: Mapping[str, Any]) -> Rule:
     """The numbers of a group; those of an optimizer that is wrapped stay with it."""
-    rate = as_float(group["lr"])
+    rate = checked_rate(group["lr"])
     numbers: dict[str, Any] = {}
     if kind == "sgdm":
         numbers = {"momentum": group["momentum"], "momentum_beta": group["momentum_beta"]}
