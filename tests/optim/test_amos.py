@@ -389,6 +389,25 @@ def test_bucket_path_equals_the_loop(options, dtype):
         torch.testing.assert_close(fast, slow, rtol=rtol, atol=rtol * 0.1 if rtol < 1e-3 else rtol)
 
 
+@pytest.mark.filterwarnings("ignore:Amos got parameters")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_a_parameter_that_changes_its_layout_keeps_its_compensation(foreach, momentum):
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        p = nn.Parameter(torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).bfloat16())
+        optimizer = Amos([p], lr=0.05, momentum=momentum, rounding="kahan", foreach=foreach)
+        for step in range(10):
+            if step == 5:
+                p.data = p.data.contiguous(memory_format=layout)
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(p)
+            if step >= 5:
+                p.grad = p.grad.contiguous(memory_format=layout)
+            optimizer.step()
+        found.append(p.detach().float() + optimizer.state[p]["compensation"].float())
+    torch.testing.assert_close(*found, rtol=0, atol=2e-5)
+
+
 def test_large_tensors_go_in_blocks():
     """More than one block of rows, and of a vector, with momentum."""
     starts = [torch.randn(700, 1000), torch.randn(600_000), torch.randn(3, 400_000)]

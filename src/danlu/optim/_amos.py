@@ -406,7 +406,9 @@ def amos(
         sign=-1.0 if maximize else 1.0,
         guard=nonfinite != "off",
     )
-    kernel = amos_kernel_test(params, grads, exp_avg_sqs, decays, exp_avgs, fused=fused, foreach=foreach)
+    kernel = amos_kernel_test(
+        params, grads, exp_avg_sqs, decays, exp_avgs, rounding=rounding, fused=fused, foreach=foreach
+    )
     with torch.no_grad():
         for path, indices in plan(params, grads, foreach, kernel):
             chosen = (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from danlu._common.checks import is_low_precision
 from danlu.kernels.amos import amos_cpu, dtypes_supported
 from danlu.kernels.sign_update import LowPrecision
 from danlu.optim._rounding import Rounding, Writer, read, resolve_rounding, write
@@ -290,6 +291,7 @@ def amos_kernel_test(
     decays: Sequence[Tensor],
     exp_avgs: Sequence[Tensor] | None,
     *,
+    rounding: Rounding,
     fused: bool | None,
     foreach: bool | None,
 ) -> Callable[[int], bool] | None:
@@ -316,10 +318,14 @@ def amos_kernel_test(
             # One number per slice of axis 0, each slice in one piece of memory, one after the other.
             outermost = param.stride(0) * param.shape[0] == param.numel()
             fits = outermost and v.numel() == v.shape[0] == param.shape[0]
+        if resolve_rounding(rounding.mode, param.dtype) == "kahan" and is_low_precision(param.dtype):
+            # Its memory is read in the order of the parameter's, whose strides may have changed since it was made.
+            lacking = rounding.compensation(i)
+            fits = fits and lacking.dtype == param.dtype and lacking.stride() == param.stride()
         if not fits and fused:
             raise RuntimeError(
                 f"fused=True, but the kernel cannot run on a tensor of shape {tuple(param.shape)} and strides "
-                f"{param.stride()} with statistics of shape {tuple(v.shape)}"
+                f"{param.stride()} with statistics of shape {tuple(v.shape)} or a compensation of other strides"
             )
         return fits
 
