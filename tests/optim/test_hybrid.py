@@ -204,3 +204,26 @@ def test_bad_groups_and_checkpoints():
         optimizer.add_param_group(
             {"params": [("t", nn.Parameter(torch.ones(2, 2)))], "kind": "matrix", "padding_idx": 9}
         )
+
+
+def test_a_parameter_belongs_to_one_rule():
+    p = nn.Parameter(torch.ones(2, 2))
+    groups = [{"params": [p], "kind": "embedding"}, {"params": [p], "kind": "matrix"}]
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        HybridOptimizer(groups, {"embedding": (AdamW, {}), "matrix": (Lion, {})})
+
+
+@pytest.mark.parametrize("what", ["padding", "twice"])
+def test_a_refused_group_leaves_no_trace(what):
+    p, q, r = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    groups = [{"params": [p], "kind": "embedding"}, {"params": [q], "kind": "matrix"}]
+    optimizer = HybridOptimizer(groups, {"embedding": (AdamW, {"lr": 0.1}), "matrix": (torch.optim.SGD, {"lr": 0.1})})
+    extra = {"params": [r], "padding_idx": 9} if what == "padding" else {"params": [p, r]}
+    with pytest.raises(ValueError, match="is not a row" if what == "padding" else "more than one parameter group"):
+        optimizer.add_param_group({**extra, "kind": "matrix"})
+    for param in (p, q, r):
+        param.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(r, torch.ones(2, 2))
+    torch.testing.assert_close(p.detach(), torch.full((2, 2), 0.9), rtol=0, atol=2e-3)
+    optimizer.load_state_dict(optimizer.state_dict())

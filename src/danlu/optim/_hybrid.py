@@ -117,13 +117,23 @@ class HybridOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the optimizer of its kind. The dictionary is not modified."""
         groups = chain.from_iterable(part.param_groups for part in self._parts.values())
+        part = None
         if not any(param_group is group for group in groups):
             part = self._parts[self._rule_of(param_group)]
             part.add_param_group({**param_group, "rule": self._rule_of(param_group)})
             param_group = part.param_groups[-1]
+        known = set(chain.from_iterable(group["params"] for group in self.param_groups))
         # At the end of the list, whatever its rule: schedulers know groups by their place.
         self.param_groups.append(param_group)
-        check_rows(self.param_groups)
+        try:
+            check_rows(self.param_groups)
+            if not known.isdisjoint(param_group["params"]):
+                self.param_groups.pop()
+                raise ValueError("some parameters appear in more than one parameter group")
+        except ValueError:
+            if part is not None:
+                part.param_groups.pop()
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_rules": self._rules, "_parts": self._parts}
