@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.optim import Amos, Lion, Tiger, UpdateNormalized, amos_strategy
+from danlu.optim import (
+    Amos,
+    ExponentiatedGradient,
+    FoldedAdamW,
+    Lion,
+    Tiger,
+    UpdateNormalized,
+    amos_strategy,
+)
 
 F64 = torch.float64
 
@@ -227,7 +235,9 @@ def test_one_bad_gradient_does_no_lasting_harm(inner, bad):
     assert same(values(net), before)
 
 
-@pytest.mark.parametrize("inner", [torch.optim.Adam, Lion])
+@pytest.mark.parametrize(
+    "inner", [torch.optim.Adam, Lion, functools.partial(FoldedAdamW, weight_decay=0.0, grad_accum_steps=3)]
+)
 def test_resume_copies_and_schedule(inner):
     def build():
         net = model()
@@ -249,6 +259,28 @@ def test_resume_copies_and_schedule(inner):
         train(twin, twin_optimizer, 5, 10)
         assert same(values(net), values(twin))
         assert twin_optimizer.inner.state is twin_optimizer.state
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_checkpoint_of_another_dtype_goes_on(before, after):
+    """Also one without the inner groups, as tools for distributed checkpoints keep them."""
+    found = []
+    for dtypes in ((before, after), (after, after)):
+        p = nn.Parameter(torch.linspace(1, 2, 8, dtype=after).to(dtypes[0]))
+        state = None
+        for dtype in dtypes:
+            p = nn.Parameter(p.detach().to(dtype))
+            optimizer = UpdateNormalized(torch.optim.Adam([p], lr=1.0), 0.01, 1.0)
+            if state is not None:
+                optimizer.load_state_dict({key: state[key] for key in ("state", "param_groups")})
+                held = optimizer.state[p]["exp_avg"]
+                saved = state["state"][0]["exp_avg"]
+                assert held.data_ptr() != saved.data_ptr()
+            p.grad = torch.linspace(1, 3, 8).to(dtype)
+            optimizer.step()
+            state = optimizer.state_dict()
+        found.append(p.detach().double())
+    torch.testing.assert_close(*found, rtol=0, atol=4 * torch.finfo(after).eps)
 
 
 def test_closure_groups_and_scaler():
@@ -365,7 +397,7 @@ def test_bad_wrapping(inner, options, error, match):
         UpdateNormalized(inner, **options)
 
 
-@pytest.mark.parametrize("cls", [Amos, Tiger])
+@pytest.mark.parametrize("cls", [Amos, ExponentiatedGradient, Tiger])
 def test_optimizers_that_read_the_parameters_are_refused(cls):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

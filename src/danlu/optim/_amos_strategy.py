@@ -8,6 +8,7 @@ Shape letters: `...` the shape of a parameter.
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -17,12 +18,12 @@ from torch.optim.optimizer import Optimizer
 
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._amos import Amos
+from danlu.optim._exponentiated_gradient import ExponentiatedGradient
 from danlu.optim._lion import Lion
 from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import check_gradients, checked_rate
 from danlu.optim._param_groups import DECAYED, Kind, kind_by_shape, parameter_groups
 from danlu.optim._schedules import inverse_square, inverse_time
-from danlu.optim._state import restore_state_tensors
 from danlu.optim._tiger import Tiger
 from danlu.optim._traversal import compute_dtype
 
@@ -158,7 +159,7 @@ class UpdateNormalized(Optimizer):
     Raises:
         TypeError: `inner` is not an optimizer, or an option is not of its type.
         ValueError: a number is out of its range; `inner` has a weight decay or a rate of 0, or is one that reads the
-            parameters (Amos, Tiger) or calls the closure itself (LBFGS).
+            parameters (Amos, ExponentiatedGradient, Tiger) or calls the closure itself (LBFGS).
         RuntimeError: from `step` on a sparse gradient, or on a bad gradient with `nonfinite="raise"`.
 
     Numerics:
@@ -197,7 +198,7 @@ class UpdateNormalized(Optimizer):
     ) -> None:
         if not isinstance(inner, Optimizer):
             raise TypeError(f"inner must be a torch.optim.Optimizer, got {type(inner).__name__}")
-        if isinstance(inner, Amos | Tiger | torch.optim.LBFGS):
+        if isinstance(inner, Amos | ExponentiatedGradient | Tiger | torch.optim.LBFGS):
             reason = "calls the closure itself" if isinstance(inner, torch.optim.LBFGS) else "reads the parameters"
             raise ValueError(
                 f"inner must propose its step from the gradients alone, but {type(inner).__name__} {reason}"
@@ -234,11 +235,26 @@ class UpdateNormalized(Optimizer):
         own = ("inner", "_recipe", "_nonfinite_counts", "_complete")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, the groups, and as `inner` the groups of the inner optimizer: some count their steps in them."""
+        return super().state_dict() | {"inner": self.inner.state_dict()["param_groups"]}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, also into the inner optimizer; both own copies of its tensors."""
-        super().load_state_dict(state_dict)
-        restore_state_tensors(self, state_dict)
-        self.inner.state = self.state
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        # The inner optimizer numbers the parameters by its own groups, and knows the dtypes of its state.
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        entries = {param: state_dict["state"].get(key) for param, key in zip(own, saved, strict=True)}
+        numbered = enumerate(chain.from_iterable(group["params"] for group in self.inner.param_groups))
+        state = {
+            number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+            for number, param in numbered
+            if (entry := entries[param]) is not None
+        }
+        groups = state_dict.get("inner", self.inner.state_dict()["param_groups"])
+        self.inner.load_state_dict({"state": state, "param_groups": groups})
+        self.state = self.inner.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
