@@ -104,8 +104,34 @@ def linear(loss):
 
 
 MARGIN = losses.MarginSoftmaxLoss(5, 7, temperature=0.5)
+SPANS = torch.tensor([[0, 1, 0, 2], [1, 0, 3, 3], [1, 2, 2, 5]])
+SPAN_HEADS = ((2, 3, 6, 8), (2, 3, 6, 8))
+POINTER = attention.GlobalPointer(8, 3, head_size=4)
+EFFICIENT = attention.EfficientGlobalPointer(8, 3, head_size=4)
+LABEL_SETS = torch.tensor([[0, 2, -1], [3, -1, -1], [6, 5, 4], [-1, -1, -1]])
+
+
+def shown(scores: Tensor) -> Tensor:
+    """Scores of hidden spans are infinite."""
+    return scores.masked_fill(scores.isinf(), 0.0)
+
 
 OPERATIONS: dict[str, Operation] = {
+    "attention.EfficientGlobalPointer": Operation(lambda h: shown(EFFICIENT(h, PADDING)), ((2, 6, 8),)),
+    "attention.GlobalPointer": Operation(lambda h: shown(POINTER(h, PADDING)), ((2, 6, 8),)),
+    "losses.global_pointer_loss": Operation(
+        lambda q, k: losses.global_pointer_loss(q, k, SPANS, reduction="none"), SPAN_HEADS, whole_graph=CHUNKED
+    ),
+    "losses.multilabel_cross_entropy": Operation(
+        lambda z: losses.multilabel_cross_entropy(z, LABEL_SETS, sparse=True), ((4, 7),)
+    ),
+    "losses.rdrop": Operation(
+        # What differs between the passes is drawn here once.
+        lambda z: losses.rdrop(iter((z, z.flip(-1))).__next__, lambda s: s.float().square().mean()),
+        ((4, 7),),
+    ),
+    "losses.symmetric_kl": Operation(lambda s, t: losses.symmetric_kl(s, t), ((4, 7), (4, 7))),
+    "losses.symmetric_kl:softmax": Operation(lambda s, t: losses.symmetric_kl(s, t, kind="softmax"), ((4, 7), (4, 7))),
     "activations.SquarePlus": Operation(lambda x: activations.SquarePlus("softplus")(x), ((4, 7),)),
     "activations.SquarePlus:in_place": Operation(lambda x: activations.SquarePlus(inplace=True)(x * 1.0), ((4, 7),)),
     "activations.squareplus": Operation(lambda x, raw: activations.squareplus(x, raw.float().square()), ((4, 7), (1,))),
@@ -243,6 +269,10 @@ WHOLE_STEPS = {"optim.FoldedAdamW"}
 
 EXEMPT: dict[str, str] = {
     "losses.LinearStats": "a record",
+    "attention.decode_spans": "comparisons, integers",
+    "diagnostics.SpanScores": "a record",
+    "diagnostics.span_f1": "sets of integers",
+    "losses.virtual_adversarial_loss": "draws and differentiates by itself; symmetric_kl is its value, see its tests",
     "flows.Entropy": "a term of WassersteinFlow",
     "flows.FDivergence": "a term of WassersteinFlow",
     "flows.GaussianFlow": "a record",

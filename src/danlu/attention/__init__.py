@@ -3,6 +3,14 @@
 Masks follow one convention everywhere: **True means visible**.
 """
 
+from danlu.attention._global_pointer import EfficientGlobalPointer, GlobalPointer, decode_spans
 from danlu.attention._rerope import ReRoPE, rerope_attention, rope_attention
 
-__all__ = ["ReRoPE", "rerope_attention", "rope_attention"]
+__all__ = [
+    "EfficientGlobalPointer",
+    "GlobalPointer",
+    "ReRoPE",
+    "decode_spans",
+    "rerope_attention",
+    "rope_attention",
+]

@@ -11,6 +11,7 @@ from danlu.diagnostics._power_law import (
     fit_power_law,
 )
 from danlu.diagnostics._scaling_law import Emergence, QuantaModel, ScalingExponents
+from danlu.diagnostics._span_f1 import SpanScores, span_f1
 from danlu.diagnostics._sparse_parity import MultitaskSparseParity, TaskScores, learning_times
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "QuantaModel",
     "QuantaRelation",
     "ScalingExponents",
+    "SpanScores",
     "TaskScores",
     "check_quanta_relation",
     "embedding_health",
@@ -30,4 +32,5 @@ __all__ = [
     "fit_power_law",
     "gradient_penalty_bound",
     "learning_times",
+    "span_f1",
 ]
