@@ -25,7 +25,7 @@ SHARED = "danlu, shared queries"
 def problem(samples=SAMPLES, tokens=TOKENS, shared=False, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     shape = (samples, tokens, CHANNELS) if shared else (samples, TYPES, tokens, CHANNELS)
-    query, key = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    query, key = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
     start = torch.randint(tokens - 12, (SPANS,), generator=generator)
     spans = torch.stack(
         (

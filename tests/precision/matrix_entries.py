@@ -116,6 +116,12 @@ def shown(scores: Tensor) -> Tensor:
     return scores.masked_fill(scores.isinf(), 0.0)
 
 
+def two_passes(z: Tensor) -> Tensor:
+    """R-Drop of two passes whose difference is fixed."""
+    passes = [z, z.flip(-1)]
+    return losses.rdrop(lambda: passes.pop(), lambda s: s.float().square().mean())
+
+
 OPERATIONS: dict[str, Operation] = {
     "attention.EfficientGlobalPointer": Operation(lambda h: shown(EFFICIENT(h, PADDING)), ((2, 6, 8),)),
     "attention.GlobalPointer": Operation(lambda h: shown(POINTER(h, PADDING)), ((2, 6, 8),)),
@@ -125,11 +131,7 @@ OPERATIONS: dict[str, Operation] = {
     "losses.multilabel_cross_entropy": Operation(
         lambda z: losses.multilabel_cross_entropy(z, LABEL_SETS, sparse=True), ((4, 7),)
     ),
-    "losses.rdrop": Operation(
-        # What differs between the passes is drawn here once.
-        lambda z: losses.rdrop(iter((z, z.flip(-1))).__next__, lambda s: s.float().square().mean()),
-        ((4, 7),),
-    ),
+    "losses.rdrop": Operation(two_passes, ((4, 7),)),
     "losses.symmetric_kl": Operation(lambda s, t: losses.symmetric_kl(s, t), ((4, 7), (4, 7))),
     "losses.symmetric_kl:softmax": Operation(lambda s, t: losses.symmetric_kl(s, t, kind="softmax"), ((4, 7), (4, 7))),
     "activations.SquarePlus": Operation(lambda x: activations.SquarePlus("softplus")(x), ((4, 7),)),
