@@ -8,6 +8,8 @@ from torch import nn
 
 from danlu.activations import SquarePlus
 from danlu.lab.errors import TrialError
+from danlu.lab.runner import run_trial
+from danlu.lab.store import Store
 from danlu.lab.tasks.activation_digits import _ACTIVATIONS, ActivationDigits
 
 TASK = ActivationDigits()
@@ -72,3 +74,12 @@ def test_metrics_of_a_constructed_model():
 def test_bad_options():
     with pytest.raises(TrialError, match="unknown activation 'swish'; known: relu"):
         start(options(activation="swish"))
+
+
+@pytest.mark.trial
+def test_trial_runs_at_ci_size(tmp_path):
+    with Store(tmp_path) as store:
+        outcome = run_trial("squareplus", size="ci", store=store)
+    assert len(outcome.arms) == 7
+    for arm in outcome.arms:
+        assert {"accuracy", "negative_log_likelihood", "milliseconds_per_step"} <= arm.metrics.keys()
