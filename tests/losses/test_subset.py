@@ -49,6 +49,8 @@ def test_trivial_rows_and_half_inputs():
     torch.testing.assert_close(loss, torch.tensor([0.0, 0.0, math.log(3)]))
     hidden = torch.tensor([[-math.inf, 0.0, 0.0]])
     assert topk_multilabel_loss(hidden, torch.tensor([[True, False, False]])) == math.inf
+    bad = torch.tensor([[math.nan, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert topk_multilabel_loss(bad, target[[2, 2]], reduction="none").isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,43 @@ def test_correction_of_the_iterated_softmax():
     assert p[1] > p[2]
 
 
+@pytest.mark.filterwarnings("ignore:the values of method='iter'")
+def test_how_often_the_iterated_softmax_fails():
+    above = unordered = 0
+    for k in (2, 3, 5, 8):
+        for scale in (0.5, 3.0, 10.0, 30.0):
+            x = scores(500, 12, scale=scale)
+            p = soft_topk(x, k, method="iter")
+            above += (p > 1 + 1e-9).any(-1).sum().item()
+            unordered += (p.gather(-1, x.argsort()).diff(dim=-1) < -1e-9).any(-1).sum().item()
+    assert above > 0.1 * 8000
+    assert unordered > 0.1 * 8000
+
+
+def test_correction_of_the_weighted_iteration():
+    """With the weights 1 - p outside of the exponentials the limit is not the indicator."""
+    x = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64) / 0.05
+    p = torch.zeros_like(x)
+    for _ in range(2):
+        weights = (1 - p).clamp(min=0) * (x - x.max()).exp()
+        p = p + weights / weights.sum()
+    torch.testing.assert_close(p, torch.tensor([1.5, 0.5, 0, 0], dtype=torch.float64), rtol=0, atol=1e-6)
+    hard = torch.tensor([1.0, 1.0, 0, 0], dtype=torch.float64)
+    for method in MAPS:
+        torch.testing.assert_close(soft_topk(x, 2, method=method), hard, rtol=0, atol=1e-4)
+
+
+def test_subsets_by_one_node_are_the_sigmoid():
+    """With one node of the contour; alike where the number of fair coins is large, and only there."""
+
+    def apart(n, k, scale):
+        x = scores(100, n, scale=scale)
+        return (soft_topk(x, k, method="grad") - soft_topk(x, k, method="sigmoid")).abs().max().item()
+
+    assert 1e-6 < apart(1000, 50, 1.0) <= 5.5e-3
+    assert apart(4, 2, 3.0) > 0.1
+
+
 # ------------------------------------------------------------------------------------------------------ gradients
 
 
@@ -246,6 +283,43 @@ def test_saturated_rows_have_no_gradient():
     assert abs(threshold.item()) < 1e-9
 
 
+@methods
+def test_temperature_with_masks_has_a_gradient(method):
+    x = torch.tensor([[1.0, 2.0, -math.inf, 0.5], [0.3, -math.inf, 0.1, 0.2]], dtype=torch.float64)
+    dense = x[:, [0, 1, 3]].clone()
+    dense[1] = x[1, [0, 2, 3]]
+    grads = []
+    for rows, weight in ((x, [[1.0, 5, 9, 2], [3, 9, 1, 4]]), (dense, [[1.0, 5, 2], [3, 1, 4]])):
+        tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        p = soft_topk(rows, 2, method=method, temperature=tau)
+        (p * torch.tensor(weight, dtype=torch.float64)).sum().backward()
+        grads.append(tau.grad)
+    assert grads[0].isfinite()
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@methods
+def test_gradients_of_each_sample_by_vmap(method):
+    x, v = scores(3, 6), scores(3, 6, seed=1)
+    each = torch.vmap(torch.func.grad(lambda x, v: (soft_topk(x, 2, method=method) * v).sum()))(x, v)
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(soft_topk(leaf, 2, method=method), leaf, v)
+    torch.testing.assert_close(each, wanted, rtol=1e-10, atol=1e-12)
+
+
+@methods
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_half_inputs(method, dtype):
+    """Values just below 1 round to 1, where their slope is not 0."""
+    x, v = scores(64, 1000, scale=3, dtype=dtype), scores(64, 1000, seed=1, dtype=dtype)
+    found = []
+    for leaf in (x.clone(), x.double()):
+        leaf.requires_grad_()
+        found.append(torch.autograd.grad(soft_topk(leaf, 100, method=method), leaf, v.to(leaf.dtype))[0])
+    error = (found[0].double() - found[1]).abs().max() / found[1].abs().max()
+    assert error <= 2 * torch.finfo(dtype).eps
+
+
 def test_straight_through():
     x = scores(3, 8).requires_grad_()
     hard = soft_topk(x, torch.tensor([[1], [3], [8]]), hard=True)
@@ -256,6 +330,15 @@ def test_straight_through():
     v = scores(3, 8, seed=1)
     soft = soft_topk(x, torch.tensor([[1], [3], [8]]))
     assert torch.equal(*(torch.autograd.grad((p * v).sum(), x)[0] for p in (hard, soft)))
+
+
+def test_straight_through_takes_the_first_of_equal_scores():
+    x = torch.tensor([[1.0, 2, 1, 2, 1], [0, 0, 0, 0, 0], [3, 3, 1, 2, -math.inf]])
+    wanted = torch.tensor([[1.0, 1, 0, 1, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0]])
+    for k in (3, 3.0, torch.tensor([3]), torch.tensor([[3.0], [3], [3]])):
+        assert torch.equal(soft_topk(x, k, hard=True), wanted)
+    assert torch.equal(soft_topk(x, 0, hard=True), torch.zeros(3, 5))
+    assert torch.equal(soft_topk(x[2], 5, hard=True), torch.tensor([1.0, 1, 1, 1, 0]))
 
 
 # ------------------------------------------------------------------------------------------------- kernels, dtypes
@@ -317,6 +400,21 @@ def test_masks(method):
 
 
 @methods
+def test_infinite_scores_and_the_ends_of_the_range(method):
+    inf = math.inf
+    one = soft_topk(torch.tensor([inf, 0.0, 0.0]), 1, method=method)
+    assert torch.equal(one, torch.tensor([1.0, 0.0, 0.0]))
+    assert torch.equal(soft_topk(torch.tensor([inf, inf, 0.0]), 1, method=method), torch.tensor([0.5, 0.5, 0.0]))
+    assert torch.equal(soft_topk(torch.tensor([inf, inf, -inf]), 1, method=method), torch.tensor([0.5, 0.5, 0.0]))
+    for dtype in (torch.float32, torch.float64):
+        x = torch.finfo(dtype).max * torch.tensor([0.9, -0.9, 0.5, 0.25, -0.5], dtype=dtype)
+        wanted = torch.tensor([1, 0, 1, 0, 0], dtype=dtype)
+        torch.testing.assert_close(soft_topk(x, 2, method=method), wanted, rtol=0, atol=1e-12)
+        if method in THRESHOLDS:
+            assert torch.equal(_reference(x, torch.tensor([2.0]), method)[0].to(dtype), wanted)
+
+
+@methods
 def test_edges(method):
     x = scores(2, 5)
     assert (soft_topk(x, 0, method=method) == 0).all()
@@ -337,6 +435,22 @@ def test_trivial_subset_sums():
     assert log_esp(x, 2) == 3
     assert log_esp(x, 3) == -math.inf
     assert log_esp(torch.tensor([1.0, 2.0, 3.0]).log(), 2).item() == pytest.approx(math.log(11))
+    rows = torch.tensor([[math.nan, 1.0, 2.0], [0.0, 0.0, 0.0], [math.inf, 0.0, 1.0]])
+    torch.testing.assert_close(log_esp(rows, 2), torch.tensor([math.nan, math.log(3), math.inf]), equal_nan=True)
+    torch.testing.assert_close(log_esp(rows, 0), torch.tensor([math.nan, 0.0, 0.0]), equal_nan=True)
+
+
+def test_many_subsets_of_many_scores_take_bounded_memory(monkeypatch):
+    """Blocks of few nodes and few rows at a time give what all of them at once give."""
+    x, v, k = scores(3, 40), scores(3, 40, seed=1), torch.tensor([[20], [3], [39]])
+    results = []
+    for piece in (1 << 22, 1 << 6):
+        monkeypatch.setattr("danlu.simplex._subset_sums._PIECE", piece)
+        leaf = x.clone().requires_grad_()
+        p = soft_topk(leaf, k, method="grad")
+        results.append((p, torch.autograd.grad(p, leaf, v)[0], log_esp(x, k)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +467,8 @@ def test_trivial_subset_sums():
         ({"k": "2"}, TypeError, "k"),
         ({"k": 1, "method": "soft"}, ValueError, "method must be one of"),
         ({"k": 1, "temperature": 0.0}, ValueError, "temperature"),
+        ({"k": 1, "temperature": torch.tensor(-1.0)}, ValueError, "temperature must be positive"),
+        ({"k": 1, "temperature": torch.tensor([1.0, 0.0, 1.0])}, ValueError, "temperature must be positive"),
         ({"k": 1, "temperature": torch.ones(2)}, ValueError, "temperature must broadcast"),
         ({"k": 1, "mask": torch.ones(3)}, TypeError, "mask must be a bool"),
         ({"k": 1, "mask": torch.ones(2, dtype=torch.bool)}, ValueError, "mask must broadcast"),

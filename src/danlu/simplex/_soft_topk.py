@@ -104,7 +104,7 @@ def soft_topk(
         float16 and bfloat16 are computed in float32 and rounded once; "grad" is computed in float64. Ties share
         equally. Where everything is saturated the gradient is 0. Between two groups of scores with a gap beyond the
         range of exp the result is exactly hard. NaN stays within its slice. Entries that share a value at the edge of
-        the k largest are chosen in the order of `torch.topk` by `hard`.
+        the k largest are chosen from the first on by `hard`.
 
     Cost:
         The threshold methods scan the scores a few times (Newton's method within a bracket) and sort nothing; on the
@@ -137,18 +137,20 @@ def soft_topk(
         raise ValueError(f"return_threshold needs a method with a threshold, got {method!r}")
     if mask is not None:
         scores = scores.masked_fill(~_check_mask(mask, input), -math.inf)
-    rows = (scores if isinstance(tau, float) and tau == 1.0 else scores / tau).movedim(axis, -1)
+    rows = _cooled(scores, tau).movedim(axis, -1)
     sizes = sizes.movedim(axis, -1)
     if method == "grad":
         p, threshold = _by_rows(rows, sizes), None
     elif method == "iter":
         p, threshold = _iterated(rows, k), None
     else:
-        if is_low_precision(input.dtype) and isinstance(tau, float) and tau == 1.0 and mask is None:
+        # Rounded to half, values just below 1 are 1, where the slopes of the other two methods jump to 0.
+        smooth = method in ("laplace", "sigmoid")
+        if smooth and is_low_precision(input.dtype) and isinstance(tau, float) and tau == 1.0 and mask is None:
             rows = input.movedim(axis, -1)
         p, threshold = threshold_rows(rows, sizes, method)
     if hard:
-        p = p + (_indicator(rows, sizes) - p).detach()
+        p = p + (_indicator(rows.detach(), k, sizes) - p).detach()
     out = p.to(input.dtype).movedim(-1, axis)
     return out if not return_threshold or threshold is None else (out, threshold.movedim(-1, axis))
 
@@ -176,7 +178,8 @@ def log_esp(input: Tensor, k: int | Tensor, *, dim: int = -1) -> Tensor:
         ValueError: `k` is not a whole number in $[0, N]$, or `dim` does not exist.
 
     Numerics:
-        Computed in float64 by a contour sum, to a few units in the last place of the result's dtype.
+        Computed in float64 by a contour sum, to a few units in the last place of the result's dtype. A NaN gives NaN in
+        its slice, $+\infty$ gives $+\infty$.
 
     Source:
         As in [`soft_topk`][danlu.simplex.soft_topk].
@@ -197,6 +200,9 @@ def log_esp(input: Tensor, k: int | Tensor, *, dim: int = -1) -> Tensor:
     count = visible.sum(-1, keepdim=True)
     everything = torch.where(visible, rows.to(torch.float64), 0.0).sum(-1, keepdim=True)
     value = torch.where(inner, value, torch.where(sizes == 0, 0.0, torch.where(sizes == count, everything, -math.inf)))
+    endless = (rows == math.inf).any(-1, keepdim=True) & (sizes > 0) & (sizes <= count)
+    value = torch.where(endless, math.inf, value)
+    value = torch.where(rows.isnan().any(-1, keepdim=True), math.nan, value)
     wide = torch.float32 if is_low_precision(input.dtype) else input.dtype
     return value.to(wide)[..., 0]
 
@@ -210,6 +216,9 @@ def _finite(rows: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     visible = x != -math.inf
     sizes = sizes.to(torch.float64).expand(*x.shape[:-1], 1)
     inner = (sizes > 0) & (sizes < visible.sum(-1, keepdim=True))
+    # An infinite score is far above all others, and as likely as another one.
+    top = torch.where(x.detach().isfinite(), x.detach(), -math.inf).amax(-1, keepdim=True)
+    x = torch.where(x == math.inf, torch.where(top.isfinite(), top, 0.0) + 800.0, x)
     least = torch.where(visible, x.detach(), math.inf).amin(-1, keepdim=True)
     usable = inner & least.isfinite()
     x = torch.where(visible & usable, x, torch.where(usable, least - 800.0, 0.0))
@@ -241,11 +250,27 @@ def _iterated(rows: Tensor, k: float | Tensor) -> Tensor:
     return p
 
 
-def _indicator(rows: Tensor, sizes: Tensor) -> Tensor:
-    """The k largest visible entries of every row."""
-    order = rows.detach().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    chosen = (order < sizes) & (rows.detach() != -math.inf)
-    return torch.where(rows.detach().isnan().any(-1, keepdim=True), math.nan, chosen.to(rows.dtype))
+def _cooled(scores: Tensor, tau: float | Tensor) -> Tensor:
+    """Scores divided by the temperature."""
+    if not isinstance(tau, Tensor):
+        return scores if tau == 1.0 else scores / tau
+    # Infinite scores stay out of the graph: their product with a gradient of 0 is NaN in the gradient of tau.
+    finite = scores.isfinite()
+    return torch.where(finite, torch.where(finite, scores, 0.0) / tau, scores)
+
+
+def _indicator(rows: Tensor, k: float | Tensor, sizes: Tensor) -> Tensor:
+    """The k largest visible entries of every row, of equal ones the first."""
+    if isinstance(k, Tensor):
+        last = (sizes.detach().long() - 1).clamp(min=0)
+        least = rows.sort(dim=-1, descending=True).values.gather(-1, last)
+    else:
+        # Without a sort where the size is known.
+        least = rows.topk(max(1, int(k)), dim=-1).values[..., -1:]
+    above, ties = rows > least, rows == least
+    chosen = above | (ties & (ties.cumsum(-1) <= sizes - above.sum(-1, keepdim=True)))
+    chosen = chosen & (rows != -math.inf) & (sizes > 0)
+    return torch.where(rows.isnan().any(-1, keepdim=True), math.nan, chosen.to(rows.dtype))
 
 
 def _check_method(method: str) -> str:
@@ -300,6 +325,14 @@ def _check_temperature(temperature: float | Tensor, scores: Tensor) -> float | T
     given, shape = tuple(temperature.shape), tuple(scores.shape)
     if len(given) > len(shape) or any(a not in (1, b) for a, b in zip(given[::-1], shape[::-1], strict=False)):
         raise ValueError(f"temperature must broadcast to input {shape}, got {given}")
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        try:
+            positive = bool((temperature.detach() > 0).all())
+        except RuntimeError:
+            # Within vmap there are no values to look at.
+            return temperature
+        if not positive:
+            raise ValueError(f"temperature must be positive, got a least value of {float(temperature.detach().min())}")
     return temperature
 
 

@@ -8,6 +8,7 @@ Shape letters: `R` rows; `N` entries; `L` nodes on the circle.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,35 +32,63 @@ def log_subset_sum(x: Tensor, k: Tensor) -> Tensor:
     return _LogSubsetSum.apply(x, k)
 
 
-def _nodes(x: Tensor, k: Tensor, variance: Tensor) -> Tensor:
+def _nodes(x: Tensor, variance: Tensor) -> Tensor:
     """Angles of half of an odd number of nodes; beyond these many, aliases are below e^-30."""
     n = x.shape[-1]
-    most = float(variance.max()) if variance.numel() else 0.0
+    try:
+        most = float(variance.max()) if variance.numel() else 0.0
+    except RuntimeError:
+        # Within vmap there are no values to look at; no variance is larger.
+        most = n / 4
     count = min(n + 1, 12 + math.ceil(math.sqrt(100 + 60 * most)))
     count += 1 - count % 2
     return torch.arange((count + 1) // 2, dtype=torch.float64, device=x.device) * (2 * math.pi / count)
 
 
-def _circle(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""The shift, $a_{il}$ of shape `(R, L, N)`, the weights $\omega_l$ of shape `(R, L)`, and $\log P(K = k)$."""
+def _factors(d: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    r"""$a_{il}$ of shape `(R, L, N)` and $\log G_l$ of shape `(R, L)`."""
+    # log(1 - q + q w) = log(1 + e^(d + i theta)) - log(1 + e^d), by the smaller of the two exponentials; 1/w is the
+    # conjugate of w.
+    small = (-d.abs()).exp()
+    up = d > 0
+    side = torch.where(up, -1.0, 1.0)[:, None]
+    ratio = small[:, None] * torch.complex(angles.cos()[:, None].expand(-1, d.shape[-1]), side * angles.sin()[:, None])
+    a = torch.where(up[:, None], 1, ratio) / (1 + ratio)
+    turned = 1j * angles * up.sum(-1, keepdim=True)
+    return a, (1 + ratio).log().sum(-1) + turned - torch.log1p(small).sum(-1, keepdim=True)
+
+
+def _circle(
+    x: Tensor, k: Tensor, v: Tensor | None = None
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Iterator[Any]]:
+    r"""The shift, the weights $\omega_l$, $\log P(K = k)$, $\sum_j a_{jl} v_j$, and blocks of $a_{il}$.
+
+    The weights, of shape `(R, L)` in all, are in the blocks of the nodes.
+    """
     shift = threshold_rows(x.detach(), k, "sigmoid")[1]
     d = x - shift
     q = d.detach().sigmoid()
-    angles = _nodes(x, k, (q * (1 - q)).sum(-1))
-    # log(1 - q + q w) = log(1 + e^(d + i theta)) - log(1 + e^d), by the smaller of the two exponentials.
-    w = torch.polar(torch.ones_like(angles), angles)[:, None]
-    low = -d.abs()
-    small = low.exp()[:, None]
-    up = (d > 0)[:, None]
-    ratio = torch.where(up, small / w, small * w)
-    log_g = ((1 + ratio).log() + torch.where(up, w.log(), 0)).sum(-1) - torch.log1p(small[:, 0]).sum(-1, keepdim=True)
-    a = torch.where(up, 1, ratio) / (1 + ratio)
-    terms = (log_g - 1j * angles * k).exp()
+    angles = _nodes(x, (q * (1 - q)).sum(-1))
+    # The factors of few nodes at a time, a second time for the values, so that they fit into memory.
+    blocks = angles.split(max(1, _PIECE // max(1, x.numel())))
+    logs: list[Tensor] = []
+    pulls: list[Tensor] = []
+    kept: list[Tensor] = []
+    for block in blocks:
+        a, log_g = _factors(d, block)
+        logs.append(log_g)
+        if v is not None:
+            pulls.append((a * v[:, None]).sum(-1))
+        if len(blocks) == 1:
+            kept.append(a)
+    terms = (torch.cat(logs, -1) - 1j * angles * k).exp()
     # Conjugate nodes count twice, the one at 0 once.
     terms = terms * torch.cat((torch.ones_like(angles[:1]), torch.full_like(angles[1:], 2.0)))
     total = terms.real.sum(-1, keepdim=True)
     count = 2 * len(angles) - 1
-    return shift, a, terms / total, (total / count).log()
+    weights = list((terms / total).split(len(blocks[0]), -1))
+    again = iter(kept) if kept else (_factors(d, block)[0] for block in blocks)
+    return shift, weights, (total / count).log(), torch.cat(pulls, -1) if pulls else terms, again
 
 
 def _pieces(x: Tensor, k: Tensor, work: Any, *more: Tensor) -> Tensor:
@@ -69,16 +98,26 @@ def _pieces(x: Tensor, k: Tensor, work: Any, *more: Tensor) -> Tensor:
     return torch.cat([work(*parts) for parts in zip(*(t.split(rows) for t in (x, k, *more)), strict=True)])
 
 
+def _mean(weights: Tensor, a: Tensor) -> Tensor:
+    """The weighted sum over a block of nodes; its real part is what counts."""
+    return (weights[:, None] @ a).real[:, 0]
+
+
 def _probabilities(x: Tensor, k: Tensor) -> Tensor:
-    _, a, weights, _ = _circle(x, k)
-    return (weights[..., None] * a).real.sum(1).clamp(0, 1)
+    _, weights, _, _, blocks = _circle(x, k)
+    p = torch.zeros_like(x)
+    for w, a in zip(weights, blocks, strict=True):
+        p = p + _mean(w, a)
+    return p.clamp(0, 1)
 
 
 def _hessian_vector(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    _, a, weights, _ = _circle(x, k)
-    spread = (a * v[:, None]).sum(-1, keepdim=True)
-    mean = (weights[..., None] * spread).real.sum(1, keepdim=True)
-    return (weights[..., None] * (a * (1 - a) * v[:, None] + a * (spread - mean))).real.sum(1)
+    _, weights, _, pulls, blocks = _circle(x, k, v)
+    mean = (torch.cat(weights, -1) * pulls).real.sum(-1, keepdim=True)
+    product = torch.zeros_like(x)
+    for w, a, pull in zip(weights, blocks, pulls.split(weights[0].shape[-1], -1), strict=True):
+        product = product + _mean(w, a * ((1 - a) * v[:, None] + (pull - mean)[..., None]))
+    return product
 
 
 @torch.library.custom_op("danlu::inclusion", mutates_args=())
@@ -94,7 +133,7 @@ def _inclusion_vjp(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @torch.library.custom_op("danlu::log_subset_sum", mutates_args=())
 def _log_subset_sum(x: Tensor, k: Tensor) -> Tensor:
     def work(x: Tensor, k: Tensor) -> Tensor:
-        shift, _, _, log_p = _circle(x, k)
+        shift, _, log_p, _, _ = _circle(x, k)
         return k * shift + torch.nn.functional.softplus(x - shift, threshold=50).sum(-1, keepdim=True) + log_p
 
     return _pieces(x, k, work) if x.numel() else torch.empty_like(k)

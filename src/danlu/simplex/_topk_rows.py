@@ -72,7 +72,9 @@ def _reference(input: Tensor, k: Tensor, method: str) -> tuple[Tensor, Tensor]:
     # Differences to a finite number: a single +inf is far above all others.
     top = torch.where(top.isfinite(), top, torch.where(visible & x.isfinite(), x, -math.inf).amax(-1, keepdim=True))
     center = torch.where(top.isfinite(), top, 0)
-    z = torch.where(visible, x - center, -math.inf).clamp(max=1e6)
+    # Finite differences also of numbers at the ends of the range.
+    least = torch.finfo(torch.float64).min / 2
+    z = torch.where(visible, (x - center).clamp(min=least, max=1e6), -math.inf)
     full, none = count <= k, k <= 0
     inner = torch.where(full | none, 0.5 * count.clamp(min=1), k)
     shift = _threshold(z, torch.where(visible, z, math.inf), inner, method)
@@ -112,7 +114,7 @@ def _threshold(z: Tensor, raised: Tensor, k: Tensor, method: str) -> Tensor:
         left, right = torch.where(excess > 0, at, left), torch.where(excess > 0, right, at)
         step = at + excess / slope
         inside = (step > left) & (step < right) & (slope > 0)
-        new = torch.where(inside, step, 0.5 * (left + right))
+        new = torch.where(inside, step, 0.5 * left + 0.5 * right)
         moved = torch.where(excess == 0, 0, (new - at).abs())
         at = torch.where(excess == 0, at, new)
         if bool((moved <= 1e-15 * (1 + at.abs())).all()):

@@ -134,7 +134,7 @@ inline double newton(const F* z, int64_t n, double k, double left, double right,
     if (std::fabs(excess) <= enough * slope) break;
     (excess > 0 ? left : right) = at;
     const double wanted = at + excess / slope;
-    const double next = slope > 0 && wanted > left && wanted < right ? wanted : 0.5 * (left + right);
+    const double next = slope > 0 && wanted > left && wanted < right ? wanted : 0.5 * left + 0.5 * right;
     const bool still = std::fabs(next - at) <= unit * (std::fabs(at) + 0.25);
     at = next;
     if (still) break;
@@ -160,6 +160,13 @@ inline double solve(const F* z, int64_t n, double k, F lowest) {
   const double slack = 4 * std::numeric_limits<F>::epsilon() * (1 + std::fabs(left) + std::fabs(right));
   left = (left < right ? left : right) - slack, right += slack;
   return newton<F, method>(z, n, k, left, right, right);
+}
+
+// A difference of finite numbers at both ends of the range is finite.
+template <class F>
+inline F far_below(F difference) {
+  const F least = std::numeric_limits<F>::lowest() / 2;
+  return difference < least ? least : difference;
 }
 
 template <class P, int method>
@@ -197,12 +204,12 @@ void forward_row(const P* x, int64_t n, double k, P* p, arithmetic<P>* threshold
   F* z = scratch.data();
   int64_t count = 0;
   if (visible == n && !infinite) {
-    for (int64_t i = 0; i < n; ++i) z[i] = load(x[i]) - center;
+    for (int64_t i = 0; i < n; ++i) z[i] = far_below(load(x[i]) - center);
     count = n;
   } else {
     for (int64_t i = 0; i < n; ++i) {
       const F value = load(x[i]);
-      if (value > -inf) z[count++] = value == inf ? F(0) : value - center - shift;
+      if (value > -inf) z[count++] = value == inf ? F(0) : far_below(value - center - shift);
     }
   }
   F lowest = 0;
