@@ -157,9 +157,16 @@ def test_full_disk_ends_in_one_line_and_goes_on_elsewhere(tmp_path):
 
 def test_interrupt_says_how_to_go_on(tmp_path):
     slow = tmp_path / "slow_trial.py"
-    slow.write_text(Path(TINY).read_text().replace("slow: float = 0.0", "slow: float = 0.2"))
+    slow.write_text(Path(TINY).read_text().replace("slow: float = 0.0", "slow: float = 0.05"))
     command = [sys.executable, "-m", "danlu", "run", str(slow), "--size", "ci", "--store", str(tmp_path / "store")]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    # A shell starts what runs in the background with the signal ignored, and children inherit that.
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("store/fits/*")) and time.monotonic() < deadline:
         time.sleep(0.1)
