@@ -328,6 +328,33 @@ def test_global_scale_is_one_number_also_for_late_tensors():
     assert scales["a"] == scales["b"] > 1.2
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("hole", [None, math.nan])
+def test_global_scale_is_one_number_also_for_tensors_without_a_good_gradient(hole, foreach, wrapped):
+    tensors = [
+        ("a", nn.Parameter(torch.ones(3))),
+        ("b", nn.Parameter(torch.ones(2))),
+        ("c", nn.Parameter(torch.ones(2))),
+    ]
+    options = {"scale_lr": 0.1, "scale_scope": "global"}
+    if wrapped:
+        optimizer = EGStepSize(torch.optim.SGD(tensors, lr=0.1, foreach=foreach), **options)
+    else:
+        optimizer = EGStepSize("sgdm", tensors, lr=0.1, foreach=foreach, **options)
+    before = 1.0
+    for step in range(6):
+        for i, (_, p) in enumerate(tensors):
+            p.grad = torch.ones_like(p)
+            if step % 3 == i:
+                p.grad = None if hole is None else p.grad * hole
+        optimizer.step()
+        scales = optimizer.scales()
+        assert len(set(scales.values())) == 1
+        assert next(iter(scales.values())) > before or step == 0
+        before = next(iter(scales.values()))
+
+
 def test_gain_histograms():
     p = nn.Parameter(torch.zeros(10))
     optimizer = EGStepSize("sgdm", [("w", p)], lr=0.01, gain_lr=math.log(10))

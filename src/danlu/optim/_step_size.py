@@ -70,7 +70,8 @@ class EGStepSize(Optimizer):
         normalize_scale: which form of $a$. The raw product has the unit of the gradient squared and can move the scale
             from end to end within one step.
         sign_gain: which form of $e$; the same warning.
-        scale_scope: `"tensor"`, or `"global"` for one scale moved by the inner products over all tensors.
+        scale_scope: `"tensor"`, or `"global"` for one scale moved by the inner products over all tensors
+            whose gradients are there and good; the others have it too.
         per_coordinate: whether there are gains; False leaves only the scale.
         momentum_beta: $\beta \in [0, 1)$ of `"sgdm"`; None is 0.9.
         momentum: $\mu \in [0, 1)$ of `"sgdm"`; None is 0.9.
@@ -325,7 +326,9 @@ class EGStepSize(Optimizer):
         if self._shared:
             first = self.param_groups[0]
             items = list(chain.from_iterable(batches))
+            before = self._all_scales()
             advance(items, foreach=first["foreach"], fused=first["fused"], shared=True)
+            self._share_scale(before)
         else:
             for group, items in zip(self.param_groups, batches, strict=True):
                 advance(items, foreach=group["foreach"], fused=group["fused"], shared=False)
@@ -336,6 +339,23 @@ class EGStepSize(Optimizer):
         scales = (state["log_scale"] for state in self.state.values() if "log_scale" in state)
         shared = next(scales, None) if self._shared else None
         return items_of(group, rule, self.state, self._nonfinite_counts, shared, number)
+
+    def _all_scales(self) -> Tensor | None:
+        """The logarithms of the scales of all tensors, if they share one."""
+        if not self._shared:
+            return None
+        scales = [state["log_scale"] for state in self.state.values() if "log_scale" in state]
+        return torch.stack([scale.double().to(scales[0].device) for scale in scales]) if scales else None
+
+    def _share_scale(self, before: Tensor | None) -> None:
+        """Move the one scale also for tensors that had no gradient in this step, or a bad one."""
+        after = self._all_scales()
+        if before is None or after is None:
+            return
+        moved = after[(after - before).abs().argmax()]
+        for state in self.state.values():
+            if "log_scale" in state:
+                state["log_scale"].copy_(moved)
 
     def _wrapped_step(self, inner: Optimizer) -> None:
         """The inner optimizer's step, multiplied by scales and gains; bad gradients are hidden from it."""
@@ -354,7 +374,9 @@ class EGStepSize(Optimizer):
             for item in hidden:
                 item.param.grad = item.grad
         found = [last_displacement(item) for item in adapted]
+        scales = self._all_scales()
         adapt_scales(adapted, found, shared=self._shared)
+        self._share_scale(scales)
         for item, start in zip(adapted, before, strict=True):
             stretch(item, start)
 
