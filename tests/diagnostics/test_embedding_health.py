@@ -91,3 +91,9 @@ def test_errors(arguments, error, match):
 def test_counts_of_another_length():
     with pytest.raises(ValueError, match=r"counts must have shape \(2,\), got \(3,\)"):
         embedding_health(torch.ones(2, 2), 0.1, counts=torch.ones(3))
+
+
+@pytest.mark.parametrize("counts", [[1, 2], torch.ones(2, dtype=torch.complex64)])
+def test_counts_that_are_no_real_tensor(counts):
+    with pytest.raises(TypeError, match=r"counts must be a real tensor, got (list|torch\.complex64)"):
+        embedding_health(torch.ones(2, 2), 0.1, counts=counts)

@@ -16,6 +16,7 @@ import torch
 from eg_oracle import EGSGDOracle, StepSizeOracle
 from torch import nn
 
+from danlu import kernels
 from danlu.optim import EGSGD, EGStepSize, Lion, parameter_groups
 
 SHAPES = [(5, 7), (3,), ()]
@@ -353,6 +354,18 @@ def test_global_scale_is_one_number_also_for_tensors_without_a_good_gradient(hol
         assert len(set(scales.values())) == 1
         assert next(iter(scales.values())) > before or step == 0
         before = next(iter(scales.values()))
+
+
+def test_fused_and_a_global_scale_over_two_dtypes():
+    tensors = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
+    for p in tensors:
+        p.grad = torch.ones_like(p)
+    if kernels.explain("step_size", tensors[0]) is not None:
+        pytest.skip("no compiler")
+    with pytest.raises(RuntimeError, match="fused=True, but the kernel moves one scale for all tensors only if"):
+        EGStepSize("sgdm", tensors, scale_scope="global", fused=True).step()
+    assert all(torch.equal(p, torch.ones_like(p)) for p in tensors)
+    EGStepSize("sgdm", tensors[:1], scale_scope="global", fused=True).step()
 
 
 def test_gain_histograms():

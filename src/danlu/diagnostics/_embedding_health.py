@@ -75,7 +75,7 @@ def embedding_health(weight: Tensor, weight_decay: float, *, counts: Tensor | No
         [`EmbeddingHealth`][danlu.diagnostics.EmbeddingHealth].
 
     Raises:
-        TypeError: `weight` is not a floating-point tensor, or `weight_decay` not a number.
+        TypeError: `weight` is not a floating-point tensor, `weight_decay` not a number, or `counts` not a real tensor.
         ValueError: `weight` is not a matrix, `weight_decay` < 0, or `counts` is not one number per row.
 
     Numerics:
@@ -101,6 +101,8 @@ def embedding_health(weight: Tensor, weight_decay: float, *, counts: Tensor | No
     if weight.ndim != 2:
         raise ValueError(f"weight must be a matrix of rows, got shape {tuple(weight.shape)}")
     check_real("weight_decay", weight_decay, low=0.0)
+    if counts is not None and (not isinstance(counts, Tensor) or counts.is_complex()):
+        raise TypeError(f"counts must be a real tensor, got {getattr(counts, 'dtype', type(counts).__name__)}")
     if counts is not None and counts.shape != weight.shape[:1]:
         raise ValueError(f"counts must have shape ({weight.shape[0]},), got {tuple(counts.shape)}")
     bound = 1 / weight_decay if weight_decay > 0 else float("inf")
@@ -117,7 +119,7 @@ def embedding_health(weight: Tensor, weight_decay: float, *, counts: Tensor | No
         large_rows=large,
         share_of_large_rows=large / len(rms),
         median_rms=median,
-        rank_correlation=None if counts is None else _rank_correlation(rms, counts.to(rms)),
+        rank_correlation=None if counts is None else _rank_correlation(rms, counts.detach().to(rms)),
     )
 
 

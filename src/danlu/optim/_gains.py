@@ -217,6 +217,10 @@ def _kernel(
     taken = [item.param.numel() > 0 and adapted[i] and nearest[i] and takes(i) for i, item in enumerate(items)]
     chosen = [item for item, one in zip(items, taken, strict=True) if one]
     if shared and (len(_alike(chosen)) != 1 or len(chosen) < sum(item.param.numel() > 0 for item in items)):
+        if fused:
+            raise RuntimeError(
+                "fused=True, but the kernel moves one scale for all tensors only if they have one dtype and one rule"
+            )
         # One scale needs all inner products in one place.
         return None
     return taken.__getitem__
