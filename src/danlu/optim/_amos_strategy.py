@@ -236,12 +236,17 @@ class UpdateNormalized(Optimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, the groups, and as `inner` the groups of the inner optimizer: some count their steps in them."""
-        return super().state_dict() | {"inner": self.inner.state_dict()["param_groups"]}
+        """The state and the groups, each with the options of the inner one: some optimizers count steps in theirs."""
+        packed = super().state_dict()
+        for group, saved in zip(self.param_groups, packed["param_groups"], strict=True):
+            inner = next(one for one in self.inner.param_groups if any(p is group["params"][0] for p in one["params"]))
+            saved["inner"] = {key: value for key, value in inner.items() if key not in ("params", "param_names")}
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, also into the inner optimizer; both own copies of its tensors."""
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        groups = [{key: value for key, value in one.items() if key != "inner"} for one in state_dict["param_groups"]]
+        super().load_state_dict({"state": {}, "param_groups": groups})
         # The inner optimizer numbers the parameters by its own groups, and knows the dtypes of its state.
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -252,7 +257,15 @@ class UpdateNormalized(Optimizer):
             for number, param in numbered
             if (entry := entries[param]) is not None
         }
-        groups = state_dict.get("inner", self.inner.state_dict()["param_groups"])
+        options = {
+            param: saved.get("inner", {})
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            for param in group["params"]
+        }
+        groups = [
+            {**packed, **(options[group["params"][0]] if group["params"] else {})}
+            for group, packed in zip(self.inner.param_groups, self.inner.state_dict()["param_groups"], strict=True)
+        ]
         self.inner.load_state_dict({"state": state, "param_groups": groups})
         self.state = self.inner.state
 
