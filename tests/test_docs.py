@@ -51,11 +51,6 @@ def test_doctests(name):
     assert found.failed == 0
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("readme") / "store"
-
-
 README_COMMANDS = [
     line.split("#")[0].strip() for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()
 ]
@@ -66,18 +61,20 @@ def test_readme_has_its_commands():
     assert sum(command.startswith("danlu ") for command in README_COMMANDS) == 4
 
 
-@pytest.mark.parametrize("command", [c for c in README_COMMANDS if c.startswith("danlu ")])
-def test_readme_commands_of_danlu_run(command, store):
-    """As written, but for a budget of seconds and a store of their own."""
-    words = command.replace("--size demo", "--size ci").split()[1:]
-    done = subprocess.run(
-        [sys.executable, "-m", "danlu", *words, "--store", str(store)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+def test_readme_commands_of_danlu_run(tmp_path):
+    """As written and in their order, but for a budget of seconds and a store of their own."""
+    for command in README_COMMANDS:
+        if not command.startswith("danlu "):
+            continue
+        words = command.replace("--size demo", "--size ci").split()[1:]
+        done = subprocess.run(
+            [sys.executable, "-m", "danlu", *words, "--store", str(tmp_path / "store")],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, (command, done.stderr)
 
 
 @pytest.mark.parametrize("command", [c for c in README_COMMANDS if c.startswith("make ")])
