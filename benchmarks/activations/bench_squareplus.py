@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from _measure import interleave, run_tests, save, show, summary
 from danlu.activations import squareplus
 
-ELEMENTS, ROUNDS = 4_200_000, 31
+ELEMENTS, ROUNDS = 4_200_000, 15
 
 
 def naive(x):

@@ -6,7 +6,7 @@ from danlu.lab.trial import Arm, Budget, Comparison, Options, Trial
 _RATES: tuple[Options, ...] = ({"lr": 0.012}, {"lr": 0.006}, {"lr": 0.024})
 # Where the scores are cut costs no fit.
 _RATES_AND_THRESHOLDS = tuple(
-    {**rate, "threshold": threshold} for rate in _RATES for threshold in (0.0, -0.5, -1.0, -1.5, -2.0)
+    {**rate, "threshold": threshold} for rate in _RATES for threshold in (0.0, -0.5, -1.0, 0.5, 1.0)
 )
 _WEIGHTS = tuple({"rdrop": weight} for weight in (0.3, 0.1, 1.0))
 _TWICE: Options = {"passes": 2, "lr": 0.012}
@@ -53,5 +53,11 @@ TRIAL = Trial(
         "report": Budget(steps=300, seeds=5),
         "gpu": Budget(steps=2000, seeds=10, tuning_seeds=2, options={"device": "cuda", "train": 1500, "width": 256}),
     },
-    notes="",
+    notes=(
+        "300 steps are 8 epochs of 600 statements; test statements are of other files. All arms but R-Drop's tune "
+        "three learning rates, the sigmoids also where they are cut; R-Drop tunes three weights at one rate. R-Drop "
+        "costs two passes per step and is compared with the mean loss of two passes, not with one. The articles "
+        "report larger effects on Chinese entities with a pretrained encoder (F1 of 54 without rotary positions "
+        "against 96)."
+    ),
 )
