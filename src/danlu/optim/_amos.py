@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_choice, check_real
 from danlu.optim._amos_scales import amos_scales, scale_by_kind, scaled_groups
@@ -24,11 +24,12 @@ from danlu.optim._amos_step import (
     multi_tensor_amos,
     single_tensor_amos,
 )
-from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
+from danlu.optim._base import GroupOptimizer, loss_of
+from danlu.optim._nonfinite import Counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import check_beta, check_gradients, check_lr, check_shared_options, checked_rate
 from danlu.optim._param_groups import KINDS, kind_by_shape, parameter_groups
 from danlu.optim._rounding import Rounding, RoundingMode
-from danlu.optim._state import add_compensation, group_rounding, restore_state_tensors
+from danlu.optim._state import add_compensation, group_rounding
 from danlu.optim._traversal import compute_dtype, pick, plan
 
 __all__ = ["Amos", "amos"]
@@ -42,7 +43,7 @@ _EPS = 2.0**-125
 _DEFAULT_ROUNDING = Rounding()
 
 
-class Amos(Optimizer):
+class Amos(GroupOptimizer):
     r"""Amos: adaptive weight decay towards a model-oriented scale; no schedule but a warmup, and almost no state.
 
     Definition:
@@ -177,8 +178,7 @@ class Amos(Optimizer):
             "scale": None,
             "kind": None,
         }
-        _check_group(defaults)
-        self._nonfinite_counts: dict[Tensor, Tensor] = {}
+        self._check_group(defaults)
         if isinstance(params, nn.Module):
             found = amos_scales(params)
             if scales is None:
@@ -193,33 +193,24 @@ class Amos(Optimizer):
                 stacklevel=2,
             )
 
-    @property
-    def nonfinite_events(self) -> dict[str, int]:
-        """How many gradients were skipped so far, by parameter name; empty when there were none."""
-        return event_counts(self.param_groups, self._nonfinite_counts)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
-        if isinstance(param_group, dict):
-            _check_group(self.defaults | param_group)
-            param_group = dict(param_group)
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_nonfinite_counts": self._nonfinite_counts}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes that were saved."""
-        super().load_state_dict(state_dict)
-        restore_state_tensors(self, state_dict)
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        decay = group.get("weight_decay", 0.0)
+        check_shared_options({**group, "weight_decay": decay}, _NONFINITE)
+        if decay != 0:
+            raise ValueError(
+                f"weight_decay must be 0 in a group of Amos, whose decay adapts (see extra_l2), got {decay!r}"
+            )
+        _check_numbers(group)
+        check_choice("reduce", group["reduce"], _REDUCE)
+        if group["scale"] is not None:
+            check_real("scale", group["scale"], low=0.0, low_open=True)
+        if group["kind"] is not None:
+            check_choice("kind", group["kind"], KINDS)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         check_gradients("Amos", self.param_groups)
         named: dict[str, Tensor] = {}
         for g, group in enumerate(self.param_groups):
@@ -251,7 +242,7 @@ class Amos(Optimizer):
                 d_coef=group["d_coef"],
                 eps=group["eps"],
                 nonfinite="off" if group["nonfinite"] == "off" else "skip",
-                nonfinite_counts=[self._nonfinite_counts[param] for param in params],
+                nonfinite_counts=list(Counts(self._nonfinite_counts, params)),
                 rounding=group_rounding(group, group["step"], [first + i for i in chosen], states),
                 foreach=group["foreach"],
                 fused=group["fused"],
@@ -271,8 +262,6 @@ class Amos(Optimizer):
         if group["momentum"] > 0 and "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         add_compensation(state, param, group)
-        if param not in self._nonfinite_counts:
-            self._nonfinite_counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
         return state
 
 
@@ -458,16 +447,3 @@ def _check_numbers(options: Mapping[str, Any]) -> None:
         check_real("clip_value", options["clip_value"], low=0.0, low_open=True)
     for name in ("extra_l2", "c_coef", "d_coef", "eps"):
         check_real(name, options[name], low=0.0)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    decay = group.get("weight_decay", 0.0)
-    check_shared_options(group | {"weight_decay": decay}, _NONFINITE)
-    if decay != 0:
-        raise ValueError(f"weight_decay must be 0 in a group of Amos, whose decay adapts (see extra_l2), got {decay!r}")
-    _check_numbers(group)
-    check_choice("reduce", group["reduce"], _REDUCE)
-    if group["scale"] is not None:
-        check_real("scale", group["scale"], low=0.0, low_open=True)
-    if group["kind"] is not None:
-        check_choice("kind", group["kind"], KINDS)

@@ -20,7 +20,7 @@ from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._amos import Amos
 from danlu.optim._exponentiated_gradient import ExponentiatedGradient
 from danlu.optim._lion import Lion
-from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
+from danlu.optim._nonfinite import counter, event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import check_gradients, checked_rate
 from danlu.optim._param_groups import DECAYED, Kind, kind_by_shape, parameter_groups
 from danlu.optim._schedules import inverse_square, inverse_time
@@ -314,9 +314,7 @@ class UpdateNormalized(Optimizer):
         flags = [torch.isfinite(param.grad).all() for param in looked if param.grad is not None]
         bad = {p: p.grad for p, finite in zip(looked, flags, strict=True) if not finite and p.grad is not None}
         for param in bad:
-            if param not in self._nonfinite_counts:
-                self._nonfinite_counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
-            self._nonfinite_counts[param].add_(1)
+            counter(self._nonfinite_counts, param).add_(1)
         return bad
 
 

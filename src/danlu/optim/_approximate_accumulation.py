@@ -8,19 +8,20 @@ Source: "隐藏在动量中的梯度累积：少更新几步，效果反而更�
 Shape letters: `...` any shape, the same for a parameter, its gradient and its moments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_integer
+from danlu.optim._base import GroupOptimizer, loss_of
 from danlu.optim._folded_adamw import check_numbers, folded_adamw
-from danlu.optim._nonfinite import event_counts, parameter_name, raise_if_nonfinite
+from danlu.optim._nonfinite import parameter_name, raise_if_nonfinite
 from danlu.optim._options import check_beta, check_gradients, check_shared_options
 from danlu.optim._rounding import RoundingMode
-from danlu.optim._state import add_compensation, group_rounding, restore_state_tensors
+from danlu.optim._state import add_compensation, group_rounding
 from danlu.optim._traversal import pick
 
 __all__ = ["FoldedAdamW", "equivalent_beta"]
@@ -67,7 +68,7 @@ def equivalent_beta(beta: float, grad_accum_steps: int) -> float:
     return 1 - (1 - beta) / grad_accum_steps
 
 
-class FoldedAdamW(Optimizer):
+class FoldedAdamW(GroupOptimizer):
     r"""AdamW whose gradient accumulation is folded into its moments, without a buffer. Approximate.
 
     Definition:
@@ -171,19 +172,20 @@ class FoldedAdamW(Optimizer):
             "cycle_start": 0,
             "cycle_length": grad_accum_steps,
         }
-        _check_group(defaults)
-        self._nonfinite_counts: dict[Tensor, Tensor] = {}
+        self._check_group(defaults)
         super().__init__(params, defaults)
 
-    @property
-    def nonfinite_events(self) -> dict[str, int]:
-        """How many gradients were not finite so far, by parameter name; empty when there were none."""
-        return event_counts(self.param_groups, self._nonfinite_counts)
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        check_numbers(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        check_integer("grad_accum_steps", group["grad_accum_steps"], low=1)
+        check_shared_options(group, _NONFINITE)
+
+    def _later_options(self) -> dict[str, Any]:
+        return {"rounding": None, "seed": 0}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
         if isinstance(param_group, dict):
-            _check_group(self.defaults | param_group)
             param_group = dict(param_group)
             if self.param_groups:
                 # A new group joins the cycle that is under way.
@@ -191,21 +193,10 @@ class FoldedAdamW(Optimizer):
                 param_group |= {key: running[key] for key in ("micro_step", "cycle_start", "cycle_length")}
         super().add_param_group(param_group)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_nonfinite_counts": self._nonfinite_counts}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes in which they were saved."""
-        super().load_state_dict(state_dict)
-        restore_state_tensors(self, state_dict)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Fold every gradient into its moments, and update the parameters on the last micro-step of a cycle."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         check_gradients("FoldedAdamW", self.param_groups)
         self._check_step()
         first = 0
@@ -279,9 +270,3 @@ class FoldedAdamW(Optimizer):
                 if param.grad is not None
             }
         )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    check_numbers(group["lr"], group["betas"], group["eps"], group["weight_decay"])
-    check_integer("grad_accum_steps", group["grad_accum_steps"], low=1)
-    check_shared_options(group, _NONFINITE)

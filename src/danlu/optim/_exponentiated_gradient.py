@@ -8,17 +8,18 @@ Shape letters: `...` any shape, the same for a parameter and its gradient.
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_choice, check_dim, check_real
-from danlu.optim._nonfinite import all_finite, event_counts, is_finite
+from danlu.optim._base import GroupOptimizer, loss_of
+from danlu.optim._nonfinite import all_finite, counter, event_counts, is_finite
 from danlu.optim._options import checked_rate
 from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, write
-from danlu.optim._state import add_compensation, group_rounding, restore_state_tensors
+from danlu.optim._state import add_compensation, group_rounding
 from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
 from danlu.optim._traversal import compute_dtype, plan, rounded_blocks
 
@@ -32,7 +33,7 @@ _EXPONENT = 50.0
 _TOLERANCE = 1e-3
 
 
-class ExponentiatedGradient(Optimizer):
+class ExponentiatedGradient(GroupOptimizer):
     r"""Exponentiated gradient descent: a step multiplies, so that signs and zeros stay what they are.
 
     Definition:
@@ -109,6 +110,8 @@ class ExponentiatedGradient(Optimizer):
         tensor([0.4269, 0.2589, 0.3141])
     """
 
+    _copied: ClassVar[tuple[str, ...]] = (*GroupOptimizer._copied, "_clamp_counts")
+
     def __init__(
         self,
         params: ParamsT,
@@ -138,15 +141,29 @@ class ExponentiatedGradient(Optimizer):
             # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
             "step": 0,
         }
-        _check_group(defaults)
-        self._nonfinite_counts: dict[Tensor, Tensor] = {}
+        self._check_group(defaults)
         self._clamp_counts: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
-    @property
-    def nonfinite_events(self) -> dict[str, int]:
-        """How many gradients were not finite so far, by parameter name; empty when there were none."""
-        return event_counts(self.param_groups, self._nonfinite_counts)
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        check_common({"weight_decay": 0.0, **group})
+        if group.get("weight_decay", 0.0) != 0:
+            raise ValueError(f"weight_decay has no meaning for ExponentiatedGradient, got {group['weight_decay']!r}")
+        check_choice("mode", group["mode"], _MODES)
+        check_real("floor", group["floor"], low=0.0)
+        if group["beta"] is not None:
+            check_real("beta", group["beta"], low=0.0, low_open=True)
+        if isinstance(group["dim"], bool) or not isinstance(group["dim"], int):
+            raise TypeError(f"dim must be an int, got {group['dim']!r}")
+        for name, mode, unset in (("beta", "signed", None), ("dim", "simplex", -1)):
+            if group[name] != unset and group["mode"] != mode:
+                raise ValueError(
+                    f"{name} is an option of mode={mode!r}, got {group[name]!r} with mode={group['mode']!r}"
+                )
+        if group["rounding"] not in (None, "nearest") and group["mode"] == "simplex":
+            raise ValueError(f"rounding must be 'nearest' or None with mode='simplex', got {group['rounding']!r}")
+        if group["floor"] != 0 and group["mode"] == "signed":
+            raise ValueError(f"floor has no meaning with mode='signed', got {group['floor']!r}")
 
     @property
     def clamp_events(self) -> dict[str, int]:
@@ -155,35 +172,19 @@ class ExponentiatedGradient(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
-        if not isinstance(param_group, dict):
-            super().add_param_group(param_group)
-            return
-        options = self.defaults | param_group
-        _check_group(options)
-        super().add_param_group(dict(param_group))
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            for param in self.param_groups[-1]["params"]:
-                _check_param(param, options)
+            for param in group["params"]:
+                _check_param(param, group)
         except ValueError:
             self.param_groups.pop()
             raise
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("_nonfinite_counts", "_clamp_counts")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; the optimizer owns copies of its tensors."""
-        super().load_state_dict(state_dict)
-        restore_state_tensors(self, state_dict)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         check_real_gradients("ExponentiatedGradient", self.param_groups)
         raise_where_wanted(self.param_groups)
         number = 0
@@ -197,9 +198,7 @@ class ExponentiatedGradient(Optimizer):
             group["step"] += 1
             for param in params:
                 for counts in (self._nonfinite_counts, self._clamp_counts):
-                    if param not in counts:
-                        # A plain tensor also for a DTensor: every process counts the same events.
-                        counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+                    counter(counts, param)
             foreach = False if group["mode"] == "simplex" else group["foreach"]
             for path, indices in plan(params, [param.grad for param in params], foreach):
                 chosen = [params[i] for i in indices]
@@ -328,25 +327,6 @@ def _signed(theta: Tensor, exponent: Tensor, beta: float) -> Tensor:
     near = theta + (u * torch.expm1(exponent) - v * torch.expm1(-exponent))
     far = u * exponent.exp() - v * (-exponent).exp()
     return torch.where(exponent.abs() < 0.5, near, far)
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    check_common({"weight_decay": 0.0, **group})
-    if group.get("weight_decay", 0.0) != 0:
-        raise ValueError(f"weight_decay has no meaning for ExponentiatedGradient, got {group['weight_decay']!r}")
-    check_choice("mode", group["mode"], _MODES)
-    check_real("floor", group["floor"], low=0.0)
-    if group["beta"] is not None:
-        check_real("beta", group["beta"], low=0.0, low_open=True)
-    if isinstance(group["dim"], bool) or not isinstance(group["dim"], int):
-        raise TypeError(f"dim must be an int, got {group['dim']!r}")
-    for name, mode, unset in (("beta", "signed", None), ("dim", "simplex", -1)):
-        if group[name] != unset and group["mode"] != mode:
-            raise ValueError(f"{name} is an option of mode={mode!r}, got {group[name]!r} with mode={group['mode']!r}")
-    if group["rounding"] not in (None, "nearest") and group["mode"] == "simplex":
-        raise ValueError(f"rounding must be 'nearest' or None with mode='simplex', got {group['rounding']!r}")
-    if group["floor"] != 0 and group["mode"] == "signed":
-        raise ValueError(f"floor has no meaning with mode='signed', got {group['floor']!r}")
 
 
 def _check_param(param: Tensor, group: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from danlu._common.checks import check_real
 from danlu.kernels.step_size import StepSizeNumbers, dtypes_supported, sgdm_step
-from danlu.optim._nonfinite import all_finite, is_finite
+from danlu.optim._nonfinite import all_finite, counter, is_finite
 from danlu.optim._rounding import Writer, read, write
 from danlu.optim._state import add_compensation, group_rounding
 from danlu.optim._step_checks import plain
@@ -150,14 +150,11 @@ def items_of(
         if param.grad is None:
             continue
         _new_state(states[param], param, rule, log_scale)
-        if param not in counts:
-            # A plain tensor also for a DTensor: every process counts the same events.
-            counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
         writer = None
         if first is not None:
             add_compensation(states[param], param, group)
             writer = group_rounding(group, group["step"], [first + i], [states[param]]).of(0, param.dtype)
-        items.append(Item(param, param.grad, states[param], counts[param], rule, writer))
+        items.append(Item(param, param.grad, states[param], counter(counts, param), rule, writer))
     return items
 
 

@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_choice, check_real
 from danlu.kernels.sign_update import LowPrecision, SignRows, SignUpdate, dtypes_supported
+from danlu.optim._base import loss_of
 from danlu.optim._lazy_rows import (
-    LazyRows,
     check_lazy,
-    check_rows,
     fixed_padding,
     is_lazy,
     is_special,
@@ -27,7 +26,6 @@ from danlu.optim._lazy_rows import (
 from danlu.optim._nonfinite import (
     Counts,
     all_finite,
-    event_counts,
     finite_flags,
     is_finite,
     parameter_name,
@@ -36,14 +34,13 @@ from danlu.optim._nonfinite import (
 from danlu.optim._options import as_float, check_beta, check_layouts, check_lr, check_shared_options
 from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, resolve_rounding, write
 from danlu.optim._row_steps import LazyState, dense, gradient_values, part_number, settle
-from danlu.optim._stale_momentum import EmbeddingWatch, apply_deadzone, check_deadzone
+from danlu.optim._sign_optimizer import SignOptimizer
+from danlu.optim._stale_momentum import apply_deadzone, check_deadzone
 from danlu.optim._state import (
-    PreparedCalls,
     add_compensation,
     device_step,
     group_rounding,
     new_state,
-    restore_state_tensors,
 )
 from danlu.optim._traversal import (
     compute_dtype,
@@ -64,7 +61,7 @@ _NONFINITE = ("skip", "raise", "off")
 _DEFAULT_ROUNDING = Rounding()
 
 
-class Lion(Optimizer):
+class Lion(SignOptimizer):
     r"""Lion (EvoLved Sign Momentum): one state tensor, and every element moves by the same amount.
 
     Definition:
@@ -186,12 +183,15 @@ class Lion(Optimizer):
             # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
             "step": 0,
         }
-        _check_group(defaults)
-        self._nonfinite_counts: dict[Tensor, Tensor] = {}
-        self._calls = PreparedCalls()
-        self._rows, self._watch = LazyRows(), EmbeddingWatch()
+        self._check_group(defaults)
         super().__init__(params, defaults)
         warn_if_lazy_is_idle("Lion", lazy, self.param_groups)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        _check_betas(group["betas"])
+        check_shared_options(group, _NONFINITE)
+        check_lazy(group)
+        check_deadzone(group["sign_deadzone"])
 
     @classmethod
     def from_adamw(
@@ -213,58 +213,10 @@ class Lion(Optimizer):
         check_real("ratio", ratio, low=0.0, low_open=True)
         return cls(params, adamw_lr / ratio, betas, adamw_weight_decay * ratio, **options)
 
-    @property
-    def nonfinite_events(self) -> dict[str, int]:
-        """How many gradients were not finite so far, by parameter name; empty when there were none."""
-        return event_counts(self.param_groups, self._nonfinite_counts)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
-        if isinstance(param_group, dict):
-            _check_group(self.defaults | param_group)
-            param_group = dict(param_group)
-        super().add_param_group(param_group)
-        check_rows(self.param_groups)
-
-    def mark_rows(self, param: Tensor, token_ids: Tensor) -> None:
-        """Say which rows of a lazy parameter the next `step` updates, instead of looking for them in its gradient.
-
-        Calls before one step add up. Gradients of other rows are not used. `token_ids` are integers of any shape.
-        """
-        self._rows.mark(self.param_groups, param, token_ids)
-
-    def check_embeddings(self) -> list[str]:
-        """Call between `backward` and `step`: warns of embeddings whose rows mostly get no gradient.
-
-        A parameter of a group of kind `embedding` that is not lazy is reported, once, after 100 calls in a row in which
-        more than 20 % of its rows had an all-zero gradient. Returns the names that this call reports.
-        """
-        return self._watch.check(self.param_groups)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("_nonfinite_counts", "_rows", "_watch")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._calls = PreparedCalls()
-        for group in self.param_groups:
-            # A checkpoint of an earlier version lacks the later options.
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; the optimizer owns copies of its tensors."""
-        super().load_state_dict(state_dict)
-        restore_state_tensors(self, state_dict)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
         calls = [
             None if is_special(group) else self._calls.find(g, group, grads[g], self.state)
@@ -640,10 +592,3 @@ def _check_betas(betas: tuple[float, float]) -> None:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     check_beta("betas[0]", betas[0])
     check_beta("betas[1]", betas[1])
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    _check_betas(group["betas"])
-    check_shared_options(group, _NONFINITE)
-    check_lazy(group)
-    check_deadzone(group["sign_deadzone"])

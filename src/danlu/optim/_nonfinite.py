@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = [
     "Nonfinite",
     "all_finite",
+    "counter",
     "event_counts",
     "finite_flags",
     "is_finite",
@@ -80,9 +81,16 @@ class Counts(Sequence[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:  # pyrefly: ignore[bad-override]
         param = self._params[index]
-        if param not in self._counts:
-            self._counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
-        return self._counts[param]
+        found = self._counts.get(param)
+        return counter(self._counts, param) if found is None else found
+
+
+def counter(counts: dict[Tensor, Tensor], param: Tensor) -> Tensor:
+    """The counter of a parameter, made on its device when it is asked for first."""
+    if param not in counts:
+        # A plain tensor also for a DTensor: every process counts the same events.
+        counts[param] = torch.zeros((), dtype=torch.int64, device=param.device)
+    return counts[param]
 
 
 def event_counts(param_groups: Sequence[Mapping[str, Any]], counts: Mapping[Tensor, Tensor]) -> dict[str, int]:

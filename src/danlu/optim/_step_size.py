@@ -9,19 +9,19 @@ Shape letters: `...` any shape, the same for a parameter, its gradient and its g
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu._common.checks import check_choice, check_integer, check_real
+from danlu.optim._base import GroupOptimizer, loss_of
 from danlu.optim._displacement import adapts, last_displacement, stretch
 from danlu.optim._gains import Item, Kind, Rule, adapt_scales, advance, check_range, items_of
-from danlu.optim._nonfinite import all_finite, event_counts, parameter_name
+from danlu.optim._nonfinite import all_finite, parameter_name
 from danlu.optim._options import check_beta, checked_rate
 from danlu.optim._rounding import RoundingMode
-from danlu.optim._state import restore_state_tensors
 from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
 
 __all__ = ["EGSGD", "EGStepSize"]
@@ -33,7 +33,7 @@ _INNER = ("sgdm", "adam")
 _INNER_KEY = "inner."
 
 
-class EGStepSize(Optimizer):
+class EGStepSize(GroupOptimizer):
     r"""Step-size adaptation by exponentiated gradients around momentum SGD, Adam, or any optimizer.
 
     Definition:
@@ -136,6 +136,8 @@ class EGStepSize(Optimizer):
         {"param_groups[0]['params'][0]": 1.0039}
     """
 
+    _copied: ClassVar[tuple[str, ...]] = (*GroupOptimizer._copied, "_shared", "_nonfinite", "_kind", "inner")
+
     def __init__(
         self,
         inner: Literal["sgdm", "adam"] | Optimizer,
@@ -188,12 +190,11 @@ class EGStepSize(Optimizer):
         check_choice("nonfinite", nonfinite, _NONFINITE)
         self._shared = scale_scope == "global"
         self._nonfinite = nonfinite
-        self._nonfinite_counts: dict[Tensor, Tensor] = {}
         self.inner: Optimizer | None = inner if isinstance(inner, Optimizer) else None
         if isinstance(inner, Optimizer):
             _check_wrapped(inner, params, of_inner)
             self._kind: Kind = "wrapped"
-            _check_own(own)
+            self._check_group(own)
             # The groups are the inner optimizer's own, so that schedulers reach its learning rate.
             super().__init__(inner.param_groups, own)
             self.param_groups = inner.param_groups
@@ -220,13 +221,8 @@ class EGStepSize(Optimizer):
         self._kind = inner
         # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
         defaults = {**of_inner, **own, "nonfinite": nonfinite, "step": 0}
-        _check_group(defaults, inner)
+        self._check_group(defaults)
         super().__init__(params, defaults)
-
-    @property
-    def nonfinite_events(self) -> dict[str, int]:
-        """How many gradients were not finite so far, by parameter name; empty when there were none."""
-        return event_counts(self.param_groups, self._nonfinite_counts)
 
     def scales(self) -> dict[str, float]:
         """The scale $s$ of every tensor that has one, by parameter name (waits for the device)."""
@@ -250,25 +246,27 @@ class EGStepSize(Optimizer):
             if param in self.state and key in self.state[param]
         ]
 
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        if self.inner is None:
+            _check_group(group, self._kind)
+        else:
+            _check_own(group)
+
+    def _later_options(self) -> dict[str, Any]:
+        # The groups of an optimizer that is wrapped are its own.
+        return {} if self.inner is not None else {**super()._later_options(), "fused": None}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
-        if not isinstance(param_group, dict):
+        if self.inner is None or not isinstance(param_group, dict):
             super().add_param_group(param_group)
             return
-        if self.inner is None:
-            _check_group(self.defaults | param_group, self._kind)
-            super().add_param_group(dict(param_group))
-        elif self.param_groups is self.inner.param_groups:
-            _check_own(self.defaults | param_group)
+        self._check_group(self.defaults | param_group)
+        if self.param_groups is self.inner.param_groups:
             self.inner.add_param_group(self.defaults | param_group)
         else:
             # Under construction: the inner optimizer's groups get our options.
-            _check_own(self.defaults | param_group)
-            super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("_nonfinite_counts", "_shared", "_nonfinite", "_kind", "inner")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+            Optimizer.add_param_group(self, param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of both optimizers; entries of the inner one begin with `inner.`."""
@@ -287,7 +285,6 @@ class EGStepSize(Optimizer):
         """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes in which they were saved."""
         if self.inner is None:
             super().load_state_dict(state_dict)
-            restore_state_tensors(self, state_dict)
             return
         own: dict[Any, Any] = {}
         of_inner: dict[Any, Any] = {}
@@ -302,16 +299,12 @@ class EGStepSize(Optimizer):
         groups = state_dict["param_groups"]
         self.inner.load_state_dict({"state": {k: v for k, v in of_inner.items() if v != {}}, "param_groups": groups})
         super().load_state_dict({"state": kept, "param_groups": groups})
-        restore_state_tensors(self, {"state": kept, "param_groups": groups})
         self.param_groups = self.inner.param_groups
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         check_real_gradients("EGStepSize", self.param_groups)
         raise_where_wanted(self.param_groups, self._nonfinite if self.inner is not None else None)
         if self.inner is not None:
@@ -393,7 +386,7 @@ class EGStepSize(Optimizer):
         ]
 
 
-class EGSGD(Optimizer):
+class EGSGD(GroupOptimizer):
     r"""SGD with a gain per element that is learned by exponentiated gradients: the plain form of the article.
 
     Definition:
@@ -473,39 +466,17 @@ class EGSGD(Optimizer):
             # As in `EGStepSize`.
             "step": 0,
         }
-        check_common(defaults)
-        check_real("gamma", gamma, low=0.0)
-        self._nonfinite_counts: dict[Tensor, Tensor] = {}
+        self._check_group(defaults)
         super().__init__(params, defaults)
 
-    @property
-    def nonfinite_events(self) -> dict[str, int]:
-        """How many gradients were not finite so far, by parameter name; empty when there were none."""
-        return event_counts(self.param_groups, self._nonfinite_counts)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
-        if isinstance(param_group, dict):
-            check_common(self.defaults | param_group)
-            check_real("gamma", (self.defaults | param_group)["gamma"], low=0.0)
-            param_group = dict(param_group)
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_nonfinite_counts": self._nonfinite_counts}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; the optimizer owns copies of its tensors."""
-        super().load_state_dict(state_dict)
-        restore_state_tensors(self, state_dict)
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        check_common(group)
+        check_real("gamma", group["gamma"], low=0.0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         check_real_gradients("EGSGD", self.param_groups)
         raise_where_wanted(self.param_groups)
         number = 0

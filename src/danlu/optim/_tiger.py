@@ -10,38 +10,36 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.kernels.sign_update import LowPrecision, SignRows, dtypes_supported
+from danlu.optim._base import loss_of
 from danlu.optim._in_backward import BackwardHooks, data_parallel_model, refuse_local_gradients
 from danlu.optim._lazy_rows import (
-    LazyRows,
     check_lazy,
-    check_rows,
     fixed_padding,
     is_lazy,
     is_special,
     warn_if_lazy_is_idle,
 )
-from danlu.optim._nonfinite import Counts, event_counts, parameter_name, raise_if_nonfinite
+from danlu.optim._nonfinite import Counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import as_float, check_beta, check_layouts, check_lr, check_shared_options
 from danlu.optim._param_groups import DECAYED, KINDS, Kind, kind_by_shape, parameter_groups
 from danlu.optim._rounding import Rounding, RoundingMode, resolve_rounding
 from danlu.optim._row_steps import LazyState, dense, gradient_values, part_number, settle
 from danlu.optim._schedules import PiecewiseLinear, schedule_points
-from danlu.optim._stale_momentum import EmbeddingWatch, apply_deadzone, check_deadzone
+from danlu.optim._sign_optimizer import SignOptimizer
+from danlu.optim._stale_momentum import apply_deadzone, check_deadzone
 from danlu.optim._state import (
-    PreparedCalls,
     add_compensation,
     device_step,
     group_rounding,
     new_state,
-    restore_state_tensors,
 )
 from danlu.optim._tiger_paths import (
     TigerStep,
@@ -62,7 +60,7 @@ _DEFAULT_ROUNDING = Rounding()
 _PATHS = ("foreach", "fused")
 
 
-class Tiger(Optimizer):
+class Tiger(SignOptimizer):
     r"""Tiger: Lion with one beta, steps relative to the size of a tensor, and gradient accumulation without a buffer.
 
     Definition:
@@ -188,6 +186,17 @@ class Tiger(Optimizer):
         4
     """
 
+    _copied: ClassVar[tuple[str, ...]] = (
+        *SignOptimizer._copied,
+        "_warned_of_floor",
+        "_sign_power",
+        "_normalize_power",
+        "_schedule",
+        "_in_backward",
+        "micro_weight",
+        "grad_scale",
+    )
+
     def __init__(
         self,
         params: ParamsT | nn.Module,
@@ -247,7 +256,7 @@ class Tiger(Optimizer):
             "cycle_start": 0,
             "cycle_length": grad_accum_steps,
         }
-        _check_group(defaults)
+        self._check_group(defaults)
         _check_switches(in_backward=in_backward, normalize_power=normalize_power)
         if not callable(sign_power):
             check_real("sign_power", sign_power, low=0.0, high=1.0)
@@ -261,10 +270,7 @@ class Tiger(Optimizer):
         self._normalize_power = normalize_power
         self._schedule = None if lr_schedule is None else PiecewiseLinear(schedule_points(lr_schedule, from_zero=True))
         self._in_backward = in_backward
-        self._nonfinite_counts: dict[Tensor, Tensor] = {}
         self._warned_of_floor = False
-        self._calls = PreparedCalls()
-        self._rows, self._watch = LazyRows(), EmbeddingWatch()
         self._hooks: BackwardHooks | None = None
         # Parameters whose gradients of this micro-step were folded in already, and where each parameter is.
         self._received: set[Tensor] = set()
@@ -285,36 +291,36 @@ class Tiger(Optimizer):
         elif model is not None:
             model.register_forward_pre_hook(self._note_synchronization)
 
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        check_shared_options(group, _NONFINITE)
+        check_beta("beta", group["beta"])
+        check_integer("grad_accum_steps", group["grad_accum_steps"], low=1)
+        check_real("shrink", group["shrink"], low=0.0, low_open=True, high=1.0)
+        check_real("shrink_noise", group["shrink_noise"], low=0.0)
+        check_real("rms_floor", group["rms_floor"], low=0.0)
+        check_real("vector_scale", group["vector_scale"], low=0.0, low_open=True)
+        check_real("center", group["center"])
+        check_lazy(group)
+        check_deadzone(group["sign_deadzone"])
+        if group["tensor_clip_norm"] is not None:
+            check_real("tensor_clip_norm", group["tensor_clip_norm"], low=0.0, low_open=True)
+        _check_switches(average=group["average"])
+        if group["capturable"] and group["grad_accum_steps"] > 1:
+            raise ValueError(f"grad_accum_steps must be 1 with capturable=True, got {group['grad_accum_steps']}")
+        if group["kind"] is not None:
+            check_choice("kind", group["kind"], KINDS)
+
+    def _later_options(self) -> dict[str, Any]:
+        return {"rounding": None, "seed": 0}
+
     def _note_synchronization(self, model: Any, _: object) -> None:
         if torch.is_grad_enabled():
             self._local_gradients = not model.require_backward_grad_sync
-
-    def mark_rows(self, param: Tensor, token_ids: Tensor) -> None:
-        """Say which rows of a lazy parameter the next micro-step touches, instead of looking for them in its gradient.
-
-        Calls before one micro-step add up; with `in_backward` they come before the backward pass. Gradients of other
-        rows are not used. `token_ids` are integers of any shape.
-        """
-        self._rows.mark(self.param_groups, param, token_ids)
-
-    def check_embeddings(self) -> list[str]:
-        """Call between `backward` and `step`: warns of embeddings whose rows mostly get no gradient.
-
-        A parameter of a group of kind `embedding` that is not lazy is reported, once, after 100 calls in a row in which
-        more than 20 % of its rows had an all-zero gradient. Returns the names that this call reports. With
-        `in_backward` there are no gradients left to look at.
-        """
-        return self._watch.check(self.param_groups)
 
     @property
     def micro_step(self) -> int:
         """Calls of `step` so far."""
         return max((group["micro_step"] for group in self.param_groups), default=0)
-
-    @property
-    def nonfinite_events(self) -> dict[str, int]:
-        """How many gradients were not finite so far, by parameter name; empty when there were none."""
-        return event_counts(self.param_groups, self._nonfinite_counts)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
@@ -322,40 +328,18 @@ class Tiger(Optimizer):
             param_group = dict(param_group)
             if param_group.get("kind") in set(KINDS) - DECAYED:
                 param_group.setdefault("weight_decay", 0.0)
-            _check_group(self.defaults | param_group)
             if self.param_groups:
                 # A new group joins the cycle that is under way.
                 running = self.param_groups[0]
                 param_group |= {key: running[key] for key in ("micro_step", "cycle_start", "cycle_length")}
         super().add_param_group(param_group)
-        check_rows(self.param_groups)
         for i, param in enumerate(self.param_groups[-1]["params"]):
             self._places[param] = (len(self.param_groups) - 1, i)
             if self._hooks is not None:
                 self._hooks.add(param)
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = (
-            "_nonfinite_counts",
-            "_warned_of_floor",
-            "_sign_power",
-            "_normalize_power",
-            "_schedule",
-            "_in_backward",
-            "_rows",
-            "_watch",
-            "micro_weight",
-            "grad_scale",
-        )
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._calls = PreparedCalls()
-        for group in self.param_groups:
-            # A checkpoint of an earlier version lacks the later options.
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
         if "_hooks" not in self.__dict__:
             # A copy: its parameters have no hooks yet.
             self._received, self._local_gradients = set(), False
@@ -365,9 +349,8 @@ class Tiger(Optimizer):
             self._hooks = BackwardHooks(self._places, self._receive, None) if self._in_backward else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; the optimizer owns copies of its tensors."""
+        """Load a checkpoint; the optimizer owns copies of its tensors, in the dtypes in which they were saved."""
         super().load_state_dict(state_dict)
-        restore_state_tensors(self, state_dict)
         # Gradients of a micro-step that was given up belong to the state before.
         self._received.clear()
 
@@ -380,10 +363,7 @@ class Tiger(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Fold every gradient into its momentum, and update the parameters on the last micro-step of a cycle."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
         calls = [self._prepared(g, group, grads[g]) for g, group in enumerate(self.param_groups)]
         if None in calls:
@@ -864,26 +844,6 @@ def _run(
             run = {"loop": single_tensor, "blocks": blocked, "bucket": multi_tensor}[path]
             run(*lists, few_counts, replace(few, lr=as_float(few.lr)))
     return taken
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    check_shared_options(group, _NONFINITE)
-    check_beta("beta", group["beta"])
-    check_integer("grad_accum_steps", group["grad_accum_steps"], low=1)
-    check_real("shrink", group["shrink"], low=0.0, low_open=True, high=1.0)
-    check_real("shrink_noise", group["shrink_noise"], low=0.0)
-    check_real("rms_floor", group["rms_floor"], low=0.0)
-    check_real("vector_scale", group["vector_scale"], low=0.0, low_open=True)
-    check_real("center", group["center"])
-    check_lazy(group)
-    check_deadzone(group["sign_deadzone"])
-    if group["tensor_clip_norm"] is not None:
-        check_real("tensor_clip_norm", group["tensor_clip_norm"], low=0.0, low_open=True)
-    _check_switches(average=group["average"])
-    if group["capturable"] and group["grad_accum_steps"] > 1:
-        raise ValueError(f"grad_accum_steps must be 1 with capturable=True, got {group['grad_accum_steps']}")
-    if group["kind"] is not None:
-        check_choice("kind", group["kind"], KINDS)
 
 
 def _check_switches(**switches: object) -> None:
