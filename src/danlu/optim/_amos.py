@@ -7,7 +7,7 @@ Shape letters: `...` any shape, the same for a parameter and its gradient; `R` t
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,32 +15,20 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_choice, check_real
+from danlu.optim._amos_functional import EPS, amos, check_amos_numbers
 from danlu.optim._amos_scales import amos_scales, scale_by_kind, scaled_groups
-from danlu.optim._amos_step import (
-    Numbers,
-    amos_kernel_test,
-    blocked_amos,
-    fused_amos,
-    multi_tensor_amos,
-    single_tensor_amos,
-)
 from danlu.optim._base import GroupOptimizer, loss_of
-from danlu.optim._nonfinite import Counts, parameter_name, raise_if_nonfinite
-from danlu.optim._options import check_beta, check_gradients, check_lr, check_shared_options, checked_rate
+from danlu.optim._nonfinite import Counts, Nonfinite, raise_where_wanted
+from danlu.optim._options import check_gradients, check_real_parameters, check_shared_options
 from danlu.optim._param_groups import KINDS, kind_by_shape, parameter_groups
-from danlu.optim._rounding import Rounding, RoundingMode
+from danlu.optim._rounding import RoundingMode
 from danlu.optim._state import add_compensation, group_rounding
-from danlu.optim._traversal import compute_dtype, pick, plan
+from danlu.optim._traversal import compute_dtype, pick
 
-__all__ = ["Amos", "amos"]
+__all__ = ["Amos"]
 
-AmosNonfinite = Literal["skip", "raise", "off"]
 Reduce = Literal["auto", "scalar", "none"]
-_NONFINITE = ("skip", "raise", "off")
 _REDUCE = ("auto", "scalar", "none")
-# The smallest number whose inverse float32 still holds with room for the factors around it.
-_EPS = 2.0**-125
-_DEFAULT_ROUNDING = Rounding()
 
 
 class Amos(GroupOptimizer):
@@ -147,9 +135,9 @@ class Amos(GroupOptimizer):
         extra_l2: float = 0.0,
         c_coef: float = 0.25,
         d_coef: float = 0.25,
-        eps: float = _EPS,
+        eps: float = EPS,
         reduce: Reduce = "auto",
-        nonfinite: AmosNonfinite = "skip",
+        nonfinite: Nonfinite = "skip",
         rounding: RoundingMode | None = None,
         seed: int = 0,
         foreach: bool | None = None,
@@ -195,12 +183,12 @@ class Amos(GroupOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         decay = group.get("weight_decay", 0.0)
-        check_shared_options({**group, "weight_decay": decay}, _NONFINITE)
+        check_shared_options({**group, "weight_decay": decay})
         if decay != 0:
             raise ValueError(
                 f"weight_decay must be 0 in a group of Amos, whose decay adapts (see extra_l2), got {decay!r}"
             )
-        _check_numbers(group)
+        check_amos_numbers(group)
         check_choice("reduce", group["reduce"], _REDUCE)
         if group["scale"] is not None:
             check_real("scale", group["scale"], low=0.0, low_open=True)
@@ -212,14 +200,8 @@ class Amos(GroupOptimizer):
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
         loss = loss_of(closure)
         check_gradients("Amos", self.param_groups)
-        named: dict[str, Tensor] = {}
-        for g, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param.is_complex():
-                    raise RuntimeError(f"Amos does not support complex parameters, got shape {tuple(param.shape)}")
-                if param.grad is not None and group["nonfinite"] == "raise":
-                    named[parameter_name(self.param_groups, g, i)] = param.grad
-        raise_if_nonfinite(named)
+        check_real_parameters("Amos", self.param_groups)
+        raise_where_wanted(self.param_groups)
         first = 0
         for group in self.param_groups:
             chosen = [i for i, param in enumerate(group["params"]) if param.grad is not None]
@@ -265,161 +247,6 @@ class Amos(GroupOptimizer):
         return state
 
 
-def amos(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    decays: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor] | None = None,
-    *,
-    scales: Sequence[float],
-    lr: float | Tensor,
-    beta: float = 0.999,
-    momentum: float = 0.0,
-    clip_value: float | None = None,
-    extra_l2: float = 0.0,
-    c_coef: float = 0.25,
-    d_coef: float = 0.25,
-    eps: float = _EPS,
-    nonfinite: AmosNonfinite = "skip",
-    nonfinite_counts: Sequence[Tensor] | None = None,
-    rounding: Rounding = _DEFAULT_ROUNDING,
-    foreach: bool | None = None,
-    fused: bool | None = None,
-    maximize: bool = False,
-) -> None:
-    r"""One step of [`Amos`][danlu.optim.Amos] on lists of tensors, in place.
-
-    Definition:
-        As in the class; $M_2$ averages over the axes in which $v$ is shorter than the gradient, and over all if $v$
-        has no axes.
-
-    Args:
-        params: $\theta$, each of its own shape `(...)`, floating-point; changed in place.
-        grads: $g$, shapes of `params`; only read.
-        exp_avg_sqs: $v$, each of a shape `R` that broadcasts to its parameter's; changed in place.
-        decays: $b$, shapes of `exp_avg_sqs`; changed in place.
-        steps: $t - 1$, 0-d float32 tensors on the devices of `params`; changed in place.
-        exp_avgs: $\mu$, shapes of `params`; changed in place. Needed if and only if `momentum` > 0.
-        scales: $\eta$ of each tensor.
-        lr: $\xi$.
-        beta: $\beta$.
-        momentum: $\rho$.
-        clip_value: as in the class.
-        extra_l2: $\ell_2$.
-        c_coef: $c_c$.
-        d_coef: $c_d$.
-        eps: $\epsilon$.
-        nonfinite: as in the class.
-        nonfinite_counts: one 0-d integer tensor per parameter, on its device, to which 1 is added when it is skipped;
-            None counts nothing.
-        rounding: how results are rounded into float16 and bfloat16 parameters.
-        foreach: as in the class.
-        fused: as in the class.
-        maximize: as in the class.
-
-    Returns:
-        None; the lists hold the result.
-
-    Raises:
-        ValueError: the lists differ in length, an option is out of its range, a state's shape does not broadcast to
-            its parameter's, or `exp_avgs` and `momentum` do not belong together.
-        RuntimeError: a gradient is not finite and `nonfinite="raise"`; nothing was changed.
-
-    Numerics:
-        As in the class.
-
-    Source:
-        As in the class.
-
-    Example:
-        >>> import torch
-        >>> from danlu.optim import amos
-        >>> w, v, b, t = torch.tensor([2.0, -2.0]), torch.zeros(()), torch.zeros(()), torch.zeros(())
-        >>> amos([w], [torch.tensor([1.0, 1.0])], [v], [b], [t], scales=[1.0], lr=0.5)
-        >>> w
-        tensor([ 1.2500, -2.2500])
-    """
-    check_lr(lr)
-    _check_numbers(
-        {
-            "beta": beta,
-            "momentum": momentum,
-            "clip_value": clip_value,
-            "extra_l2": extra_l2,
-            "c_coef": c_coef,
-            "d_coef": d_coef,
-            "eps": eps,
-        }
-    )
-    check_choice("nonfinite", nonfinite, _NONFINITE)
-    lists: dict[str, Sequence[object]] = {
-        "params": params,
-        "grads": grads,
-        "exp_avg_sqs": exp_avg_sqs,
-        "decays": decays,
-        "steps": steps,
-        "scales": scales,
-    }
-    if (exp_avgs is None) != (momentum == 0):
-        raise ValueError(f"exp_avgs must be given if and only if momentum > 0, got momentum={momentum}")
-    if exp_avgs is not None:
-        lists["exp_avgs"] = exp_avgs
-    if nonfinite_counts is not None:
-        lists["nonfinite_counts"] = nonfinite_counts
-    lengths = {name: len(items) for name, items in lists.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"the lists must have one length, got {lengths}")
-    for i, (param, square, decay) in enumerate(zip(params, exp_avg_sqs, decays, strict=True)):
-        check_real(f"scales[{i}]", scales[i], low=0.0, low_open=True)
-        fits = square.ndim in (0, param.ndim) and all(
-            s in (1, p) for s, p in zip(square.shape, param.shape if square.ndim else (), strict=True)
-        )
-        if not fits or decay.shape != square.shape:
-            raise ValueError(
-                f"exp_avg_sqs[{i}] and decays[{i}] must have one shape that is () or broadcasts to params[{i}] of "
-                f"shape {tuple(param.shape)}, got {tuple(square.shape)} and {tuple(decay.shape)}"
-            )
-    if nonfinite == "raise":
-        raise_if_nonfinite({f"params[{i}]": grad for i, grad in enumerate(grads)})
-    numbers = Numbers(
-        lr=checked_rate(lr),
-        beta=beta,
-        momentum=momentum,
-        clip_value=clip_value,
-        extra_l2=extra_l2,
-        c_coef=c_coef,
-        d_coef=d_coef,
-        eps=eps,
-        sign=-1.0 if maximize else 1.0,
-        guard=nonfinite != "off",
-    )
-    kernel = amos_kernel_test(
-        params, grads, exp_avg_sqs, decays, exp_avgs, rounding=rounding, fused=fused, foreach=foreach
-    )
-    with torch.no_grad():
-        for path, indices in plan(params, grads, foreach, kernel):
-            chosen = (
-                pick(indices, params),
-                pick(indices, grads),
-                pick(indices, exp_avg_sqs),
-                pick(indices, decays),
-                pick(indices, steps),
-                None if exp_avgs is None else pick(indices, exp_avgs),
-            )
-            counts = None if nonfinite_counts is None else pick(indices, nonfinite_counts)
-            few, etas = rounding.pick(indices), pick(indices, scales)
-            if path == "fused":
-                for i in fused_amos(chosen, etas, numbers, few):
-                    if counts is not None:
-                        counts[i].add_(1)
-                continue
-            update = {"loop": single_tensor_amos, "blocks": blocked_amos, "bucket": multi_tensor_amos}[path]
-            writers = [few.of(i, param.dtype) for i, param in enumerate(chosen[0])]
-            update(*chosen, counts, writers, etas, numbers)
-
-
 def _reduced_zeros(param: Tensor, reduce: Reduce, dtype: torch.dtype) -> Tensor:
     """Zeros of the reduced shape: a scalar is an ordinary tensor, slices of a DTensor are placed as it is."""
     if reduce == "scalar" or (reduce == "auto" and param.ndim < 2):
@@ -438,12 +265,3 @@ def _scale(param: Tensor, group: Mapping[str, Any]) -> float:
     if group["scale"] is not None:
         return float(group["scale"])
     return scale_by_kind(param, group["kind"] or kind_by_shape(param), group.get("center", 1.0))
-
-
-def _check_numbers(options: Mapping[str, Any]) -> None:
-    check_beta("beta", options["beta"])
-    check_beta("momentum", options["momentum"])
-    if options["clip_value"] is not None:
-        check_real("clip_value", options["clip_value"], low=0.0, low_open=True)
-    for name in ("extra_l2", "c_coef", "d_coef", "eps"):
-        check_real(name, options[name], low=0.0)

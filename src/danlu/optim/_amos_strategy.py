@@ -20,7 +20,7 @@ from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._amos import Amos
 from danlu.optim._exponentiated_gradient import ExponentiatedGradient
 from danlu.optim._lion import Lion
-from danlu.optim._nonfinite import counter, event_counts, parameter_name, raise_if_nonfinite
+from danlu.optim._nonfinite import NONFINITE, Nonfinite, counter, event_counts, parameter_name, raise_if_nonfinite
 from danlu.optim._options import check_gradients, checked_rate
 from danlu.optim._param_groups import DECAYED, Kind, kind_by_shape, parameter_groups
 from danlu.optim._schedules import inverse_square, inverse_time
@@ -32,7 +32,6 @@ __all__ = ["UpdateNormalized", "amos_strategy"]
 Sigma = Literal["init", "rms"] | float | Callable[[str, Tensor], float]
 Decay = Literal["inverse_time", "inverse_square"]
 _DECAYS: Mapping[Decay, Callable[..., LambdaLR]] = {"inverse_time": inverse_time, "inverse_square": inverse_square}
-_NONFINITE = ("skip", "raise", "off")
 
 
 def amos_strategy(
@@ -194,7 +193,7 @@ class UpdateNormalized(Optimizer):
         sigma: Sigma = "init",
         *,
         q: float = 1.0,
-        nonfinite: Literal["skip", "raise", "off"] = "skip",
+        nonfinite: Nonfinite = "skip",
     ) -> None:
         if not isinstance(inner, Optimizer):
             raise TypeError(f"inner must be a torch.optim.Optimizer, got {type(inner).__name__}")
@@ -211,7 +210,7 @@ class UpdateNormalized(Optimizer):
         self._nonfinite_counts: dict[Tensor, Tensor] = {}
         self._complete = False
         defaults = {"lr": alpha0, "weight_decay": 0.0, "nonfinite": nonfinite}
-        check_choice("nonfinite", nonfinite, _NONFINITE)
+        check_choice("nonfinite", nonfinite, NONFINITE)
         super().__init__(_divide(inner.param_groups, *self._recipe), defaults)
         self._complete = True
         self.state = inner.state

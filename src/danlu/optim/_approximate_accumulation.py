@@ -9,7 +9,7 @@ Shape letters: `...` any shape, the same for a parameter, its gradient and its m
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +17,15 @@ from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_integer
 from danlu.optim._base import GroupOptimizer, loss_of
+from danlu.optim._cycle import begin_cycle, check_cycle, new_cycle, running_cycle
 from danlu.optim._folded_adamw import check_numbers, folded_adamw
-from danlu.optim._nonfinite import parameter_name, raise_if_nonfinite
-from danlu.optim._options import check_beta, check_gradients, check_shared_options
+from danlu.optim._nonfinite import Nonfinite, raise_where_wanted
+from danlu.optim._options import check_beta, check_gradients, check_real_parameters, check_shared_options
 from danlu.optim._rounding import RoundingMode
 from danlu.optim._state import add_compensation, group_rounding
 from danlu.optim._traversal import pick
 
 __all__ = ["FoldedAdamW", "equivalent_beta"]
-
-FoldedNonfinite = Literal["skip", "raise", "off"]
-_NONFINITE = ("skip", "raise", "off")
 
 
 def equivalent_beta(beta: float, grad_accum_steps: int) -> float:
@@ -150,7 +148,7 @@ class FoldedAdamW(GroupOptimizer):
         weight_decay: float = 0.01,
         *,
         grad_accum_steps: int = 1,
-        nonfinite: FoldedNonfinite = "skip",
+        nonfinite: Nonfinite = "skip",
         rounding: RoundingMode | None = None,
         seed: int = 0,
         foreach: bool | None = None,
@@ -167,10 +165,7 @@ class FoldedAdamW(GroupOptimizer):
             "seed": seed,
             "foreach": foreach,
             "maximize": maximize,
-            # The place in the accumulation cycle is part of the checkpoint, so it lives in the groups.
-            "micro_step": 0,
-            "cycle_start": 0,
-            "cycle_length": grad_accum_steps,
+            **new_cycle(grad_accum_steps),
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
@@ -178,7 +173,7 @@ class FoldedAdamW(GroupOptimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         check_numbers(group["lr"], group["betas"], group["eps"], group["weight_decay"])
         check_integer("grad_accum_steps", group["grad_accum_steps"], low=1)
-        check_shared_options(group, _NONFINITE)
+        check_shared_options(group)
 
     def _later_options(self) -> dict[str, Any]:
         return {"rounding": None, "seed": 0}
@@ -186,11 +181,7 @@ class FoldedAdamW(GroupOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
         if isinstance(param_group, dict):
-            param_group = dict(param_group)
-            if self.param_groups:
-                # A new group joins the cycle that is under way.
-                running = self.param_groups[0]
-                param_group |= {key: running[key] for key in ("micro_step", "cycle_start", "cycle_length")}
+            param_group = param_group | running_cycle(self.param_groups)
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -198,13 +189,14 @@ class FoldedAdamW(GroupOptimizer):
         """Fold every gradient into its moments, and update the parameters on the last micro-step of a cycle."""
         loss = loss_of(closure)
         check_gradients("FoldedAdamW", self.param_groups)
-        self._check_step()
+        check_real_parameters("FoldedAdamW", self.param_groups)
+        for group in self.param_groups:
+            check_cycle(group)
+        raise_where_wanted(self.param_groups)
         first = 0
         for group in self.param_groups:
-            if group["micro_step"] == group["cycle_start"]:
-                group["cycle_length"] = group["grad_accum_steps"]
+            last = begin_cycle(group)
             group["micro_step"] += 1
-            last = group["micro_step"] == group["cycle_start"] + group["cycle_length"]
             chosen = [
                 i
                 for i, p in enumerate(group["params"])
@@ -248,25 +240,3 @@ class FoldedAdamW(GroupOptimizer):
             if last:
                 group["cycle_start"] = group["micro_step"]
         return loss
-
-    def _check_step(self) -> None:
-        """Refuse what would leave a cycle half done, before anything is changed."""
-        for group in self.param_groups:
-            inside = group["micro_step"] != group["cycle_start"]
-            if inside and group["grad_accum_steps"] != group["cycle_length"]:
-                raise RuntimeError(
-                    f"grad_accum_steps changed from {group['cycle_length']} to {group['grad_accum_steps']} within a "
-                    "cycle; change it after a step that updates"
-                )
-            for param in group["params"]:
-                if param.is_complex():
-                    raise RuntimeError(f"FoldedAdamW does not support complex parameters, got {tuple(param.shape)}")
-        raise_if_nonfinite(
-            {
-                parameter_name(self.param_groups, g, i): param.grad
-                for g, group in enumerate(self.param_groups)
-                if group["nonfinite"] == "raise"
-                for i, param in enumerate(group["params"])
-                if param.grad is not None
-            }
-        )

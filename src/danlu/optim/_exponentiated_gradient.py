@@ -16,11 +16,10 @@ from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_choice, check_dim, check_real
 from danlu.optim._base import GroupOptimizer, loss_of
-from danlu.optim._nonfinite import all_finite, counter, event_counts, is_finite
-from danlu.optim._options import checked_rate
+from danlu.optim._nonfinite import Nonfinite, all_finite, counter, event_counts, is_finite, plain, raise_where_wanted
+from danlu.optim._options import check_real_gradients, check_shared_options, checked_rate
 from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, write
 from danlu.optim._state import add_compensation, group_rounding
-from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
 from danlu.optim._traversal import compute_dtype, plan, rounded_blocks
 
 __all__ = ["ExponentiatedGradient"]
@@ -121,7 +120,7 @@ class ExponentiatedGradient(GroupOptimizer):
         beta: float | None = None,
         floor: float = 0.0,
         *,
-        nonfinite: Literal["skip", "raise", "off"] = "skip",
+        nonfinite: Nonfinite = "skip",
         rounding: RoundingMode | None = None,
         seed: int = 0,
         foreach: bool | None = None,
@@ -146,7 +145,7 @@ class ExponentiatedGradient(GroupOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        check_common({"weight_decay": 0.0, **group})
+        check_shared_options({"weight_decay": 0.0, **group})
         if group.get("weight_decay", 0.0) != 0:
             raise ValueError(f"weight_decay has no meaning for ExponentiatedGradient, got {group['weight_decay']!r}")
         check_choice("mode", group["mode"], _MODES)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from danlu._common.checks import check_choice, check_real
 from danlu.optim._nonfinite import finite_flags
-from danlu.optim._options import check_beta, check_lr, checked_rate
+from danlu.optim._options import check_betas, check_lengths, check_lr, checked_rate
 from danlu.optim._rounding import Rounding, Writer, read, write
 
 __all__ = ["check_numbers", "folded_adamw"]
@@ -91,12 +91,17 @@ def folded_adamw(
     check_choice("nonfinite", nonfinite, ("skip", "off"))
     check_numbers(lr, betas, eps, weight_decay)
     already = list(folded) if folded is not None else [False] * len(params)
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "folded": already}
-    lengths = {"params": len(params)} | {name: len(items) for name, items in lists.items()}
-    if nonfinite_counts is not None:
-        lengths["nonfinite_counts"] = len(nonfinite_counts)
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"the lists must have one length, got {lengths}")
+    check_lengths(
+        {
+            "params": params,
+            "grads": grads,
+            "exp_avgs": exp_avgs,
+            "exp_avg_sqs": exp_avg_sqs,
+            "steps": steps,
+            "folded": already,
+            "nonfinite_counts": nonfinite_counts,
+        }
+    )
     rate = checked_rate(lr)
     call = _Call(
         betas=betas,
@@ -234,10 +239,6 @@ class _Call:
 def check_numbers(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise unless all are in their ranges."""
     check_lr(lr)
-    # A checkpoint that went through JSON gives back a list.
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
-    check_beta("betas[0]", betas[0])
-    check_beta("betas[1]", betas[1])
+    check_betas(betas)
     check_real("eps", eps, low=0.0)
     check_real("weight_decay", weight_decay, low=0.0)

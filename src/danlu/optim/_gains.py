@@ -16,10 +16,9 @@ from torch import Tensor
 
 from danlu._common.checks import check_real
 from danlu.kernels.step_size import StepSizeNumbers, dtypes_supported, sgdm_step
-from danlu.optim._nonfinite import all_finite, counter, is_finite
+from danlu.optim._nonfinite import all_finite, counter, is_finite, plain
 from danlu.optim._rounding import Writer, read, write
 from danlu.optim._state import add_compensation, group_rounding
-from danlu.optim._step_checks import plain
 from danlu.optim._traversal import blocks, compute_dtype, kernel_test, plan, rounded_blocks, scratch
 
 __all__ = [

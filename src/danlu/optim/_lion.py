@@ -7,58 +7,27 @@ Shape letters: `...` any shape, the same for a parameter, its gradient and its m
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from danlu._common.checks import check_choice, check_real
-from danlu.kernels.sign_update import LowPrecision, SignRows, SignUpdate, dtypes_supported
+from danlu._common.checks import check_real
 from danlu.optim._base import loss_of
-from danlu.optim._lazy_rows import (
-    check_lazy,
-    fixed_padding,
-    is_lazy,
-    is_special,
-    warn_if_lazy_is_idle,
-)
-from danlu.optim._nonfinite import (
-    Counts,
-    all_finite,
-    finite_flags,
-    is_finite,
-    parameter_name,
-    raise_if_nonfinite,
-)
-from danlu.optim._options import as_float, check_beta, check_layouts, check_lr, check_shared_options
-from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, resolve_rounding, write
-from danlu.optim._row_steps import LazyState, dense, gradient_values, part_number, settle
+from danlu.optim._lazy_rows import check_lazy, fixed_padding, is_lazy, is_special, warn_if_lazy_is_idle
+from danlu.optim._lion_paths import compiled
+from danlu.optim._lion_rows import lion_in_place, lion_of_group, lion_rows
+from danlu.optim._nonfinite import Counts, Nonfinite, raise_where_wanted
+from danlu.optim._options import check_betas, check_layouts, check_shared_options
+from danlu.optim._rounding import Rounding, RoundingMode
+from danlu.optim._row_steps import LazyState, dense, settle
 from danlu.optim._sign_optimizer import SignOptimizer
 from danlu.optim._stale_momentum import apply_deadzone, check_deadzone
-from danlu.optim._state import (
-    add_compensation,
-    device_step,
-    group_rounding,
-    new_state,
-)
-from danlu.optim._traversal import (
-    compute_dtype,
-    decayed_add_,
-    kernel_test,
-    pick,
-    plan,
-    prepare_call,
-    rounded_blocks,
-    scratch,
-    write_back,
-)
+from danlu.optim._state import device_step, momentum_states
+from danlu.optim._traversal import pick
 
-__all__ = ["Lion", "lion"]
-
-LionNonfinite = Literal["skip", "raise", "off"]
-_NONFINITE = ("skip", "raise", "off")
-_DEFAULT_ROUNDING = Rounding()
+__all__ = ["Lion"]
 
 
 class Lion(SignOptimizer):
@@ -153,7 +122,7 @@ class Lion(SignOptimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
-        nonfinite: LionNonfinite = "skip",
+        nonfinite: Nonfinite = "skip",
         rounding: RoundingMode | None = None,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
@@ -188,8 +157,8 @@ class Lion(SignOptimizer):
         warn_if_lazy_is_idle("Lion", lazy, self.param_groups)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        _check_betas(group["betas"])
-        check_shared_options(group, _NONFINITE)
+        check_betas(group["betas"])
+        check_shared_options(group)
         check_lazy(group)
         check_deadzone(group["sign_deadzone"])
 
@@ -224,22 +193,14 @@ class Lion(SignOptimizer):
         ]
         if None in calls:
             check_layouts("Lion", self.param_groups)
-        raise_if_nonfinite(
-            {
-                parameter_name(self.param_groups, g, i): gradient_values(grad)
-                for g, group in enumerate(self.param_groups)
-                if group["nonfinite"] == "raise"
-                for i, grad in enumerate(grads[g])
-                if grad is not None
-            }
-        )
+        raise_where_wanted(self.param_groups)
         number = 0
         for g, group in enumerate(self.param_groups):
             call = calls[g]
             if call is None:
                 self._step_group(g, group, grads[g], number)
             else:
-                _call_lion(
+                compiled(
                     call,
                     Counts(self._nonfinite_counts, group["params"]),
                     lr=group["lr"],
@@ -263,20 +224,14 @@ class Lion(SignOptimizer):
         """One group, whatever its tensors are; `first` is the number of its first parameter among all."""
         chosen = [i for i, grad in enumerate(grads) if grad is not None]
         params = pick(chosen, group["params"])
-        states: list[dict[str, Any]] = []
-        for param in params:
-            state = self.state[param]
-            if "exp_avg" not in state:
-                state.update(new_state(param, group))
-            add_compensation(state, param, group)
-            states.append(state)
+        states = momentum_states(self.state, params, group)
         numbers = [first + i for i in chosen]
         counts, step = list(Counts(self._nonfinite_counts, params)), self._bits_step(group)
         fused: list[int] = []
         with fixed_padding(group, params):
             if is_lazy(group):
                 for param, state, count, number in zip(params, states, counts, numbers, strict=True):
-                    update = partial(_lion_rows, group, step, count, number)
+                    update = partial(lion_rows, group, step, count, number)
                     self._rows.step(
                         param,
                         param.grad,
@@ -285,310 +240,12 @@ class Lion(SignOptimizer):
                         update,
                         beta=group["betas"][1],
                         bad=count,
-                        in_place=partial(_lion_in_place, group),
+                        in_place=partial(lion_in_place, group),
                     )
             else:
                 for state in states:
                     settle(state, group["betas"][1])
                     apply_deadzone(state["exp_avg"], group["sign_deadzone"])
                 whole = [dense(grad) for grad in grads if grad is not None]
-                fused = _lion_of_group(group, step, params, whole, states, counts, numbers)
+                fused = lion_of_group(group, step, params, whole, states, counts, numbers)
         self._calls.keep(g, group, fused, self.state, numbers)
-
-
-def _lion_of_group(
-    group: Mapping[str, Any],
-    step: int | Tensor,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[Mapping[str, Any]],
-    counts: Sequence[Tensor],
-    numbers: Sequence[int],
-    *,
-    guard: bool = True,
-) -> list[int]:
-    """`lion` with the options of a group; `step` and the parameters' `numbers` among all are for the random bits."""
-    return lion(
-        params,
-        grads,
-        [state["exp_avg"] for state in states],
-        lr=group["lr"],
-        betas=group["betas"],
-        weight_decay=group["weight_decay"],
-        nonfinite="skip" if guard and group["nonfinite"] == "skip" else "off",
-        nonfinite_counts=counts,
-        rounding=group_rounding(group, step, numbers, states),
-        foreach=group["foreach"],
-        fused=group["fused"],
-        maximize=group["maximize"],
-    )
-
-
-def _lion_rows(
-    group: Mapping[str, Any],
-    step: int | Tensor,
-    count: Tensor,
-    number: int,
-    param: Tensor,
-    grad: Tensor | None,
-    state: Mapping[str, Tensor],
-    folded: bool,
-    guard: bool,
-    part: int,
-) -> None:
-    """`lion` as `step_rows` calls it, on some rows of one tensor."""
-    if grad is not None:
-        _lion_of_group(group, step, [param], [grad], [state], [count], [part_number(number, part)], guard=guard)
-
-
-def _lion_in_place(
-    group: Mapping[str, Any],
-    param: Tensor,
-    grad: Tensor,
-    state: Mapping[str, Tensor],
-    rows: Tensor,
-    factors: Tensor,
-    folded: bool,
-) -> None:
-    """`lion` as `step_rows` calls it, on rows where they lie."""
-    del folded
-    mode = resolve_rounding(group["rounding"], param.dtype)
-    call = SignRows(
-        param, grad, state["exp_avg"], rows, factors, compensation=state["compensation"] if mode == "kahan" else None
-    )
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    if group["maximize"]:
-        lr, weight_decay = -lr, -weight_decay
-    call.step_lion(lr=lr, betas=group["betas"], weight_decay=weight_decay, low=LowPrecision(mode))
-
-
-def lion(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    nonfinite: LionNonfinite = "skip",
-    nonfinite_counts: Sequence[Tensor] | None = None,
-    rounding: Rounding = _DEFAULT_ROUNDING,
-    foreach: bool | None = None,
-    fused: bool | None = None,
-    maximize: bool = False,
-) -> list[int]:
-    r"""One step of [`Lion`][danlu.optim.Lion] on lists of tensors, in place.
-
-    Definition:
-        $u = \operatorname{sign}(\beta_1 m + (1-\beta_1) g)$, then $\theta \leftarrow \theta - \eta(u + \lambda\theta)$
-        and $m \leftarrow \beta_2 m + (1-\beta_2) g$.
-
-    Args:
-        params: $\theta$, each of its own shape `(...)`, floating-point or complex; changed in place.
-        grads: $g$, shapes of `params`; only read.
-        exp_avgs: $m$, shapes of `params`; changed in place.
-        lr: $\eta$.
-        betas: $(\beta_1, \beta_2)$.
-        weight_decay: $\lambda$.
-        nonfinite: as in the class.
-        nonfinite_counts: one 0-d integer tensor per parameter, on its device, to which 1 is added when its gradient is
-            not finite and `nonfinite="skip"`; None counts nothing.
-        rounding: how results are rounded into float16 and bfloat16 parameters.
-        foreach: as in the class.
-        fused: as in the class.
-        maximize: as in the class.
-
-    Returns:
-        The indices of the tensors that the compiled step took; `params` and `exp_avgs` hold the result.
-
-    Raises:
-        ValueError: the lists differ in length, or an option is out of its range.
-        RuntimeError: a gradient is not finite and `nonfinite="raise"`; nothing was changed.
-
-    Numerics:
-        As in the class.
-
-    Source:
-        As in the class.
-
-    Example:
-        >>> import torch
-        >>> from danlu.optim import lion
-        >>> w, m = torch.tensor([1.0, -1.0]), torch.zeros(2)
-        >>> _ = lion([w], [torch.tensor([0.3, 0.2])], [m], lr=0.5)
-        >>> w
-        tensor([ 0.5000, -1.5000])
-    """
-    check_lr(lr)
-    _check_betas(betas)
-    check_real("weight_decay", weight_decay, low=0.0)
-    check_choice("nonfinite", nonfinite, _NONFINITE)
-    lengths = {"params": len(params), "grads": len(grads), "exp_avgs": len(exp_avgs)}
-    if nonfinite_counts is not None:
-        lengths["nonfinite_counts"] = len(nonfinite_counts)
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"the lists must have one length, got {lengths}")
-    if nonfinite == "raise":
-        raise_if_nonfinite({f"params[{i}]": grad for i, grad in enumerate(grads)})
-    kernel = kernel_test(
-        "sign_update", params, grads, exp_avgs, fused=fused, foreach=foreach, supported=dtypes_supported
-    )
-    taken: list[int] = []
-    with torch.no_grad():
-        for path, indices in plan(params, grads, foreach, kernel):
-            lists = pick(indices, params), pick(indices, grads), pick(indices, exp_avgs)
-            counts = None if nonfinite_counts is None else pick(indices, nonfinite_counts)
-            few = rounding.pick(indices)
-            if path == "fused":
-                taken += indices
-                call = prepare_call(lists, few)
-                _call_lion(
-                    call,
-                    counts,
-                    lr=lr,
-                    betas=betas,
-                    weight_decay=weight_decay,
-                    guard=nonfinite == "skip",
-                    maximize=maximize,
-                    rounding=few,
-                )
-                continue
-            update = {"loop": _single_tensor_lion, "blocks": _blocked_lion, "bucket": _multi_tensor_lion}[path]
-            rate = as_float(lr)
-            update(
-                *lists,
-                counts,
-                [few.of(i, param.dtype) for i, param in enumerate(lists[0])],
-                lr=-rate if maximize else rate,
-                betas=betas,
-                # Climbing is descending with -lr, except that the decay still pulls towards 0.
-                weight_decay=-weight_decay if maximize else weight_decay,
-                guard=nonfinite == "skip",
-            )
-    return taken
-
-
-def _call_lion(
-    call: SignUpdate,
-    counts: Sequence[Tensor] | None,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    weight_decay: float,
-    guard: bool,
-    maximize: bool,
-    rounding: Rounding,
-) -> None:
-    """The compiled step."""
-    call.lion(
-        lr=-lr if maximize else lr,
-        betas=betas,
-        weight_decay=-weight_decay if maximize else weight_decay,
-        guard=guard,
-        low=LowPrecision(resolve_rounding(rounding.mode, call.params[0].dtype), rounding.seed, rounding.step),
-        counts=counts,
-    )
-
-
-def _single_tensor_lion(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    counts: list[Tensor] | None,
-    writers: list[Writer | None],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    guard: bool,
-) -> None:
-    """The definition with plain operations, without reading a value back: the oracle of the other paths."""
-    for i, param in enumerate(params):
-        dtype = compute_dtype(param.dtype)
-        theta, grad, exp_avg = read(param, writers[i]), grads[i].to(dtype), exp_avgs[i].to(dtype)
-        finite = all_finite(grad) if guard else None
-        if finite is not None:
-            # lerp(m, m, w) is m, bit for bit.
-            grad = torch.where(finite, grad, exp_avg)
-            if counts is not None:
-                counts[i].add_(~finite)
-        update = torch.lerp(exp_avg, grad, 1 - betas[0]).sgn_()
-        if weight_decay != 0:
-            update.add_(theta, alpha=weight_decay)
-        if finite is not None:
-            update = torch.where(finite, update, torch.zeros_like(update))
-        write(param, theta.add_(update, alpha=-lr), writers[i])
-        write_back(exp_avgs[i], exp_avg.lerp_(grad, 1 - betas[1]))
-
-
-def _blocked_lion(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    counts: list[Tensor] | None,
-    writers: list[Writer | None],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    guard: bool,
-) -> None:
-    """On the CPU: all passes over a block but the first find it in the cache."""
-    memory: dict[torch.dtype, Tensor] = {}
-    for i, param in enumerate(params):
-        if guard and not is_finite(grads[i]):
-            if counts is not None:
-                counts[i].add_(1)
-            continue
-        dtype = compute_dtype(param.dtype)
-        for (param_block, grad_block, exp_avg_block), writer in rounded_blocks(
-            (param, grads[i], exp_avgs[i]), writers[i]
-        ):
-            theta, grad, exp_avg = read(param_block, writer), grad_block.to(dtype), exp_avg_block.to(dtype)
-            update = torch.lerp(exp_avg, grad, 1 - betas[0], out=scratch(memory, theta)).sgn_()
-            write_back(exp_avg_block, exp_avg.lerp_(grad, 1 - betas[1]))
-            decayed_add_(theta, update, lr, weight_decay)
-            write(param_block, theta, writer)
-
-
-def _multi_tensor_lion(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    counts: list[Tensor] | None,
-    writers: list[Writer | None],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    guard: bool,
-) -> None:
-    """On accelerators: one bucket of tensors of one dtype; which gradients are finite stays on the device."""
-    dtype = compute_dtype(params[0].dtype)
-    thetas = [read(param, writer) for param, writer in zip(params, writers, strict=True)]
-    gradients, momenta = ([tensor.to(dtype) for tensor in tensors] for tensors in (grads, exp_avgs))
-    finite = finite_flags(gradients) if guard else None
-    if finite is not None:
-        gradients = [torch.where(f, g, m) for f, g, m in zip(finite, gradients, momenta, strict=True)]
-        if counts is not None:
-            torch._foreach_add_(counts, list((~finite).to(torch.int64).unbind()))
-    updates = torch._foreach_lerp(momenta, gradients, 1 - betas[0])
-    torch._foreach_sign_(updates)
-    if weight_decay != 0:
-        torch._foreach_add_(updates, thetas, alpha=weight_decay)
-    if finite is not None:
-        torch._foreach_mul_(updates, list(finite.to(dtype).unbind()))
-    torch._foreach_add_(thetas, updates, alpha=-lr)
-    torch._foreach_lerp_(momenta, gradients, 1 - betas[1])
-    for param, theta, writer in zip(params, thetas, writers, strict=True):
-        write(param, theta, writer)
-    if momenta[0] is not exp_avgs[0]:
-        torch._foreach_copy_(exp_avgs, momenta)
-
-
-def _check_betas(betas: tuple[float, float]) -> None:
-    # A checkpoint that went through JSON gives back a list.
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
-    check_beta("betas[0]", betas[0])
-    check_beta("betas[1]", betas[1])

@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "NONFINITE",
     "Nonfinite",
     "all_finite",
     "counter",
     "event_counts",
     "finite_flags",
+    "gradient_values",
     "is_finite",
     "parameter_name",
+    "plain",
     "raise_if_nonfinite",
+    "raise_where_wanted",
 ]
 
-Nonfinite = Literal["skip", "shrink", "raise", "off"]
+Nonfinite = Literal["skip", "raise", "off"]
+NONFINITE: tuple[Nonfinite, ...] = ("skip", "raise", "off")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -44,8 +49,7 @@ def finite_flags(tensors: Sequence[Tensor]) -> Tensor:
 
 def all_finite(tensor: Tensor) -> Tensor:
     """Whether every element is finite, as a 0-d tensor on its device; for a DTensor, over all its shards."""
-    finite = torch.isfinite(tensor).all()
-    return finite.full_tensor() if hasattr(finite, "full_tensor") else finite
+    return plain(torch.isfinite(tensor).all())
 
 
 def raise_if_nonfinite(named_grads: Mapping[str, Tensor]) -> None:
@@ -57,6 +61,30 @@ def raise_if_nonfinite(named_grads: Mapping[str, Tensor]) -> None:
         raise RuntimeError(
             f"the gradient holds NaN or Inf, nothing was changed (nonfinite='raise'); parameters: {shown}"
         )
+
+
+def plain(value: Tensor) -> Tensor:
+    """The number behind a DTensor, of all its shards; any other tensor as it is."""
+    full = getattr(value, "full_tensor", None)
+    return full() if full is not None else value
+
+
+def gradient_values(grad: Tensor) -> Tensor:
+    """The elements of a gradient that may differ from 0, duplicate indices summed."""
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def raise_where_wanted(param_groups: Sequence[Mapping[str, Any]], everywhere: str | None = None) -> None:
+    """Raise on bad gradients in groups with `nonfinite="raise"`, before anything is changed."""
+    raise_if_nonfinite(
+        {
+            parameter_name(param_groups, g, i): gradient_values(param.grad)
+            for g, group in enumerate(param_groups)
+            if (group["nonfinite"] if everywhere is None else everywhere) == "raise"
+            for i, param in enumerate(group["params"])
+            if param.grad is not None
+        }
+    )
 
 
 def parameter_name(param_groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:

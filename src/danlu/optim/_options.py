@@ -7,15 +7,21 @@ import torch
 from torch import Tensor
 
 from danlu._common.checks import check_choice, check_integer, check_real
+from danlu.optim._nonfinite import NONFINITE
 from danlu.optim._rounding import check_rounding
 
 __all__ = [
     "as_float",
     "check_beta",
+    "check_betas",
     "check_gradients",
     "check_layouts",
+    "check_lengths",
     "check_lr",
+    "check_real_gradients",
+    "check_real_parameters",
     "check_shared_options",
+    "check_switches",
     "checked_rate",
 ]
 
@@ -34,7 +40,30 @@ def check_beta(name: str, beta: object) -> None:
     check_real(name, beta, low=0.0, high=1.0, high_open=True)
 
 
-def check_shared_options(group: Mapping[str, Any], nonfinite: Sequence[str]) -> None:
+def check_betas(betas: object) -> None:
+    """Raise unless `betas` are two numbers in [0, 1)."""
+    # A checkpoint that went through JSON gives back a list.
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    check_beta("betas[0]", betas[0])
+    check_beta("betas[1]", betas[1])
+
+
+def check_lengths(lists: Mapping[str, Sequence[object] | None]) -> None:
+    """Raise unless all lists but those that are None have one length."""
+    lengths = {name: len(items) for name, items in lists.items() if items is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the lists must have one length, got {lengths}")
+
+
+def check_switches(**switches: object) -> None:
+    """Raise unless all are bools."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def check_shared_options(group: Mapping[str, Any], nonfinite: Sequence[str] = NONFINITE) -> None:
     """Check the options of a parameter group that every optimizer has."""
     check_lr(group["lr"])
     check_real("weight_decay", group["weight_decay"], low=0.0)
@@ -60,6 +89,23 @@ def check_gradients(name: str, param_groups: Sequence[Mapping[str, Any]]) -> Non
                     f"{name} does not support sparse gradients, got one for a parameter of shape {tuple(param.shape)}; "
                     "use sparse=False in the embedding"
                 )
+
+
+def check_real_parameters(name: str, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `RuntimeError` if any parameter is complex, before anything is changed."""
+    for group in param_groups:
+        for param in group["params"]:
+            if param.is_complex():
+                raise RuntimeError(f"{name} does not support complex parameters, got shape {tuple(param.shape)}")
+
+
+def check_real_gradients(name: str, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `RuntimeError` on sparse gradients and complex parameters, before anything is changed."""
+    check_gradients(name, param_groups)
+    for group in param_groups:
+        for param in group["params"]:
+            if param.grad is not None and param.is_complex():
+                raise RuntimeError(f"{name} does not support complex parameters, got shape {tuple(param.shape)}")
 
 
 def check_layouts(name: str, param_groups: Sequence[Mapping[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from danlu.kernels.sign_update import dtypes_supported, find_rows
 from danlu.optim._nonfinite import is_finite
 from danlu.optim._traversal import BLOCK, is_plain
 
-__all__ = ["LazyState", "RowUpdate", "RowsInPlace", "dense", "gradient_values", "part_number", "settle", "step_rows"]
+__all__ = ["LazyState", "RowUpdate", "RowsInPlace", "dense", "part_number", "settle", "step_rows"]
 
 LazyState = Literal["decay", "freeze"]
 # Entries of a parameter's state that belong to this file. `clock` has one axis: the optimizers load such tensors in the
@@ -41,11 +41,6 @@ def part_number(number: int, part: int) -> int:
 def dense(grad: Tensor) -> Tensor:
     """The gradient with all its zeros."""
     return grad.to_dense() if grad.is_sparse else grad
-
-
-def gradient_values(grad: Tensor) -> Tensor:
-    """The elements of a gradient that may differ from 0, duplicate indices summed."""
-    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def settle(state: MutableMapping[str, Any], beta: float) -> None:

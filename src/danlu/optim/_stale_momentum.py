@@ -14,8 +14,7 @@ from torch import Tensor
 
 from danlu._common.checks import check_real
 from danlu.optim._lazy_rows import is_lazy
-from danlu.optim._nonfinite import parameter_name
-from danlu.optim._row_steps import gradient_values
+from danlu.optim._nonfinite import gradient_values, parameter_name
 
 __all__ = ["EmbeddingWatch", "apply_deadzone", "check_deadzone"]
 

@@ -12,7 +12,15 @@ from danlu._common.checks import is_low_precision
 from danlu.kernels.sign_update import SignUpdate
 from danlu.optim._rounding import Rounding, resolve_rounding
 
-__all__ = ["PreparedCalls", "add_compensation", "device_step", "group_rounding", "new_state", "restore_state_tensors"]
+__all__ = [
+    "PreparedCalls",
+    "add_compensation",
+    "device_step",
+    "group_rounding",
+    "momentum_states",
+    "new_state",
+    "restore_state_tensors",
+]
 
 
 def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -21,6 +29,20 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     state = {"exp_avg": torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)}
     add_compensation(state, param, group)
     return state
+
+
+def momentum_states(
+    states: Mapping[Tensor, dict[str, Any]], params: Sequence[Tensor], group: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The states of parameters of a group, with the tensors that they need."""
+    found: list[dict[str, Any]] = []
+    for param in params:
+        state = states[param]
+        if "exp_avg" not in state:
+            state.update(new_state(param, group))
+        add_compensation(state, param, group)
+        found.append(state)
+    return found
 
 
 def add_compensation(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:

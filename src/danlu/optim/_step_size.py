@@ -15,19 +15,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from danlu._common.checks import check_choice, check_integer, check_real
+from danlu._common.checks import check_choice, check_integer
 from danlu.optim._base import GroupOptimizer, loss_of
-from danlu.optim._displacement import adapts, last_displacement, stretch
-from danlu.optim._gains import Item, Kind, Rule, adapt_scales, advance, check_range, items_of
-from danlu.optim._nonfinite import all_finite, parameter_name
-from danlu.optim._options import check_beta, checked_rate
+from danlu.optim._displacement import wrapped_step
+from danlu.optim._gains import Item, Kind, Measured, adapt_scales, advance, items_of
+from danlu.optim._nonfinite import NONFINITE, Nonfinite, parameter_name, plain, raise_where_wanted
+from danlu.optim._options import check_real_gradients
 from danlu.optim._rounding import RoundingMode
-from danlu.optim._step_checks import check_common, check_real_gradients, plain, raise_where_wanted
+from danlu.optim._step_size_options import check_adaptation, check_options, check_wrapped, rule_of
 
-__all__ = ["EGSGD", "EGStepSize"]
+__all__ = ["EGStepSize"]
 
-StepSizeNonfinite = Literal["skip", "raise", "off"]
-_NONFINITE = ("skip", "raise", "off")
 _INNER = ("sgdm", "adam")
 # Prefix of the inner optimizer's entries in the one state dict.
 _INNER_KEY = "inner."
@@ -157,7 +155,7 @@ class EGStepSize(GroupOptimizer):
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         weight_decay: float | None = None,
-        nonfinite: StepSizeNonfinite = "skip",
+        nonfinite: Nonfinite = "skip",
         rounding: RoundingMode | None = None,
         seed: int | None = None,
         foreach: bool | None = None,
@@ -187,12 +185,12 @@ class EGStepSize(GroupOptimizer):
             "maximize": maximize,
         }
         check_choice("scale_scope", scale_scope, ("tensor", "global"))
-        check_choice("nonfinite", nonfinite, _NONFINITE)
+        check_choice("nonfinite", nonfinite, NONFINITE)
         self._shared = scale_scope == "global"
         self._nonfinite = nonfinite
         self.inner: Optimizer | None = inner if isinstance(inner, Optimizer) else None
         if isinstance(inner, Optimizer):
-            _check_wrapped(inner, params, of_inner)
+            check_wrapped(inner, params, of_inner)
             self._kind: Kind = "wrapped"
             self._check_group(own)
             # The groups are the inner optimizer's own, so that schedulers reach its learning rate.
@@ -248,9 +246,9 @@ class EGStepSize(GroupOptimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         if self.inner is None:
-            _check_group(group, self._kind)
+            check_options(group, self._kind)
         else:
-            _check_own(group)
+            check_adaptation(group)
 
     def _later_options(self) -> dict[str, Any]:
         # The groups of an optimizer that is wrapped are its own.
@@ -308,7 +306,8 @@ class EGStepSize(GroupOptimizer):
         check_real_gradients("EGStepSize", self.param_groups)
         raise_where_wanted(self.param_groups, self._nonfinite if self.inner is not None else None)
         if self.inner is not None:
-            self._wrapped_step(self.inner)
+            items = [item for group in self.param_groups for item in self._items(group)]
+            wrapped_step(self.inner, items, self._adapt_scales, hide_bad=self._nonfinite == "skip")
             return loss
         batches: list[list[Item]] = []
         number = 0
@@ -328,7 +327,7 @@ class EGStepSize(GroupOptimizer):
         return loss
 
     def _items(self, group: Mapping[str, Any], number: int | None = None) -> list[Item]:
-        rule = _rule(self._kind, group if self.inner is None else {**self.defaults, **group})
+        rule = rule_of(self._kind, group if self.inner is None else {**self.defaults, **group})
         scales = (state["log_scale"] for state in self.state.values() if "log_scale" in state)
         shared = next(scales, None) if self._shared else None
         return items_of(group, rule, self.state, self._nonfinite_counts, shared, number)
@@ -350,218 +349,11 @@ class EGStepSize(GroupOptimizer):
             if "log_scale" in state:
                 state["log_scale"].copy_(moved)
 
-    def _wrapped_step(self, inner: Optimizer) -> None:
-        """The inner optimizer's step, multiplied by scales and gains; bad gradients are hidden from it."""
-        items = [item for group in self.param_groups for item in self._items(group)]
-        hidden = self._bad(items) if self._nonfinite == "skip" else []
-        for item in hidden:
-            if item.count is not None:
-                item.count.add_(1)
-            item.param.grad = None
-        bad = {id(item) for item in hidden}
-        adapted = [item for item in items if id(item) not in bad and adapts(item)]
-        before = [item.param.detach().clone() for item in adapted]
-        try:
-            inner.step()
-        finally:
-            for item in hidden:
-                item.param.grad = item.grad
-        found = [last_displacement(item) for item in adapted]
-        scales = self._all_scales()
-        adapt_scales(adapted, found, shared=self._shared)
-        self._share_scale(scales)
-        for item, start in zip(adapted, before, strict=True):
-            stretch(item, start)
-
-    def _bad(self, items: Sequence[Item]) -> list[Item]:
-        """Items with a bad gradient; one wait for each device."""
-        flags: dict[torch.device, list[tuple[Item, Tensor]]] = {}
-        for item in items:
-            flags.setdefault(item.grad.device, []).append((item, all_finite(item.grad)))
-        return [
-            item
-            for pairs in flags.values()
-            for (item, _), finite in zip(pairs, torch.stack([flag for _, flag in pairs]).tolist(), strict=True)
-            if not finite
-        ]
-
-
-class EGSGD(GroupOptimizer):
-    r"""SGD with a gain per element that is learned by exponentiated gradients: the plain form of the article.
-
-    Definition:
-        With $\nu_0 = 1$ and $g_t$ = the gradient of a parameter $\theta_t$,
-        $$\nu_{t+1} = \nu_t \odot e^{\gamma\,g_{t-1} \odot g_t}, \qquad
-        \theta_{t+1} = \theta_t - \eta\,\nu_{t+1} \odot g_t$$
-        with $\eta$ = `lr` and $\gamma$ = `gamma`. It is one step of exponentiated gradient descent on $\nu$, since
-        $\nabla_{\nu_t} L = -\eta\,g_{t-1} \odot g_t$. Weight decay $\lambda$ is decoupled:
-        $\theta \leftarrow (1 - \eta\lambda)\theta$ first.
-
-    Args:
-        params: parameters, named parameters, or groups of them with their own options, as in torch.
-        lr: $\eta \ge 0$, a number or a tensor with one element.
-        gamma: $\gamma \ge 0$, in units of one over a gradient squared; 0 is SGD.
-        weight_decay: $\lambda \ge 0$.
-        nonfinite: as in [`EGStepSize`][danlu.optim.EGStepSize].
-        rounding: as in `EGStepSize`.
-        seed: as in `EGStepSize`.
-        foreach: as in `EGStepSize`.
-        maximize: climb instead of descend.
-
-    Returns:
-        From `step`: what the closure returned, or None. `nonfinite_events` as in `EGStepSize`.
-
-    Raises:
-        TypeError: an option is not of its type.
-        ValueError: `lr`, `gamma`, `weight_decay` or `seed` < 0, or an unknown `nonfinite` or `rounding`; also in
-            a group.
-        RuntimeError: from `step` on a sparse or complex gradient, or on a bad one with `nonfinite="raise"`.
-
-    Numerics:
-        The gain is kept as its logarithm, which stops at $\pm 80$. Gradients much larger than $\gamma^{-1/2}$ drive it
-        there within a step: take `EGStepSize`, which uses signs, unless the gradients are known to be small.
-        float16 and bfloat16 parameters are computed in float32, as which their state is kept, and rounded as
-        `rounding` says.
-
-    Cost:
-        8 bytes of state and 28 bytes of memory traffic per float32 parameter.
-
-    Source:
-        "指数梯度下降 + 元学习 = 自适应学习率" (2022-03-03); arXiv 2202.00145.
-
-    Example:
-        >>> import torch
-        >>> from danlu.optim import EGSGD
-        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-        >>> optimizer = EGSGD([w], lr=0.05, gamma=0.1)
-        >>> for _ in range(4):
-        ...     w.grad = torch.tensor([2.0, 0.5]) * w.data
-        ...     optimizer.step()
-        >>> w.data
-        tensor([ 0.4817, -1.7783])
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        gamma: float = 0.01,
-        *,
-        weight_decay: float = 0.0,
-        nonfinite: StepSizeNonfinite = "skip",
-        rounding: RoundingMode | None = None,
-        seed: int = 0,
-        foreach: bool | None = None,
-        maximize: bool = False,
-    ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "gamma": gamma,
-            "weight_decay": weight_decay,
-            "nonfinite": nonfinite,
-            "rounding": rounding,
-            "seed": seed,
-            "foreach": foreach,
-            "maximize": maximize,
-            # As in `EGStepSize`.
-            "step": 0,
-        }
-        self._check_group(defaults)
-        super().__init__(params, defaults)
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        check_common(group)
-        check_real("gamma", group["gamma"], low=0.0)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
-        """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
-        loss = loss_of(closure)
-        check_real_gradients("EGSGD", self.param_groups)
-        raise_where_wanted(self.param_groups)
-        number = 0
-        for group in self.param_groups:
-            rate = checked_rate(group["lr"])
-            rule = Rule(
-                kind="sgd",
-                lr=rate,
-                climb=group["maximize"],
-                decay=rate * group["weight_decay"],
-                gain_lr=group["gamma"],
-                sign_gain=False,
-                guard=group["nonfinite"] == "skip",
-            )
-            items = items_of(group, rule, self.state, self._nonfinite_counts, first=number)
-            advance(items, foreach=group["foreach"], fused=False, shared=False)
-            number += len(group["params"])
-            group["step"] += 1
-        return loss
-
-
-def _rule(kind: Kind, group: Mapping[str, Any]) -> Rule:
-    """The numbers of a group; those of an optimizer that is wrapped stay with it."""
-    rate = checked_rate(group["lr"])
-    numbers: dict[str, Any] = {}
-    if kind == "sgdm":
-        numbers = {"momentum": group["momentum"], "momentum_beta": group["momentum_beta"]}
-    elif kind == "adam":
-        numbers = {"betas": tuple(group["betas"]), "eps": group["eps"]}
-    return Rule(
-        kind=kind,
-        lr=rate,
-        climb=bool(group.get("maximize", False)),
-        decay=0.0 if kind == "wrapped" else rate * group["weight_decay"],
-        gain_lr=group["gain_lr"] if group["per_coordinate"] else 0.0,
-        scale_lr=group["scale_lr"],
-        gain_range=tuple(group["gain_range"]),
-        scale_range=tuple(group["scale_range"]),
-        normalize_scale=group["normalize_scale"],
-        sign_gain=group["sign_gain"],
-        guard=kind != "wrapped" and group["nonfinite"] == "skip",
-        **numbers,
-    )
+    def _adapt_scales(self, items: Sequence[Item], found: Sequence[Measured]) -> None:
+        before = self._all_scales()
+        adapt_scales(items, found, shared=self._shared)
+        self._share_scale(before)
 
 
 def _copied(value: object) -> object:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _check_wrapped(inner: Optimizer, params: object, of_inner: Mapping[str, Any]) -> None:
-    if isinstance(inner, torch.optim.LBFGS):
-        raise ValueError("inner must take a step without a closure, got LBFGS")
-    for name, value in {"params": params, **of_inner}.items():
-        if value is not None and value is not False:
-            raise ValueError(
-                f"{name} belongs to the inner optimizer, which was given; got {name}={value!r} here as well"
-            )
-
-
-def _check_own(group: Mapping[str, Any]) -> None:
-    check_real("gain_lr", group["gain_lr"], low=0.0)
-    check_real("scale_lr", group["scale_lr"], low=0.0)
-    check_range("gain_range", group["gain_range"])
-    check_range("scale_range", group["scale_range"])
-    for name in ("normalize_scale", "sign_gain", "per_coordinate"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be a bool, got {group[name]!r}")
-
-
-def _check_group(group: Mapping[str, Any], inner: str) -> None:
-    _check_own(group)
-    check_common(group)
-    if group["fused"] not in (None, True, False):
-        raise TypeError(f"fused must be a bool or None, got {group['fused']!r}")
-    if group["fused"] and group["foreach"]:
-        raise ValueError("foreach and fused cannot both be True")
-    if group["fused"] and inner != "sgdm":
-        raise ValueError(f"fused=True is for inner='sgdm', got inner={inner!r}")
-    if inner == "sgdm":
-        check_beta("momentum", group["momentum"])
-        check_beta("momentum_beta", group["momentum_beta"])
-        return
-    # A checkpoint that went through JSON gives back a list.
-    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
-        raise ValueError(f"betas must be a pair of numbers, got {group['betas']!r}")
-    check_beta("betas[0]", group["betas"][0])
-    check_beta("betas[1]", group["betas"][1])
-    check_real("eps", group["eps"], low=0.0)
