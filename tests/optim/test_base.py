@@ -1,11 +1,13 @@
 """Checkpoints and copies of earlier versions, whose groups know fewer options."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+from danlu import optim
 from danlu.optim import EGSGD, Amos, EGStepSize, ExponentiatedGradient, FoldedAdamW, Lion, Tiger
 
 LATER = ("rounding", "seed", "step")
@@ -71,6 +73,14 @@ def test_a_pickle_without_later_options_goes_on(name, dtype, done):
     second.__setstate__(state)
     assert second.param_groups[0].keys() == first.param_groups[0].keys()
     assert torch.equal(train(first, 4, done), train(second, 4, done))
+
+
+def test_a_pickle_finds_its_class_where_it_was():
+    for path in ("_step_size:EGSGD", "_step_size:EGStepSize", "_exponentiated_gradient:ExponentiatedGradient"):
+        module, _, name = path.partition(":")
+        # A pickle names the module and the class.
+        text = f"cdanlu.optim.{module}\n{name}\n."
+        assert pickle.loads(text.encode()) is getattr(optim, name)
 
 
 @every

@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._amos import Amos
+from danlu.optim._base import loss_of
 from danlu.optim._exponentiated_gradient import ExponentiatedGradient
 from danlu.optim._lion import Lion
 from danlu.optim._nonfinite import NONFINITE, Nonfinite, counter, event_counts, parameter_name, raise_if_nonfinite
@@ -271,10 +272,7 @@ class UpdateNormalized(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Let the inner optimizer propose a step for every gradient, and take it at the derived size."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         check_gradients("UpdateNormalized", self.param_groups)
         hidden = self._bad_gradients()
         live: list[tuple[Tensor, Tensor, float, float]] = []

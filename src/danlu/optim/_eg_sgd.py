@@ -14,7 +14,8 @@ from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_real
 from danlu.optim._base import GroupOptimizer, loss_of
-from danlu.optim._gains import Rule, advance, items_of
+from danlu.optim._gain_steps import advance
+from danlu.optim._gains import Rule, items_of
 from danlu.optim._nonfinite import Nonfinite, raise_where_wanted
 from danlu.optim._options import check_real_gradients, check_shared_options, checked_rate
 from danlu.optim._rounding import RoundingMode

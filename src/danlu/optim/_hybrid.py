@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from danlu._common.checks import check_choice
+from danlu.optim._base import loss_of
 from danlu.optim._lazy_rows import check_rows, fixed_padding
 from danlu.optim._param_groups import KINDS, parameter_groups
 
@@ -158,10 +159,7 @@ class HybridOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Let every optimizer update its parameters; `closure` recomputes the loss and returns it."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         with ExitStack() as padding:
             for group in self.param_groups:
                 padding.enter_context(fixed_padding(group, group["params"]))

@@ -18,13 +18,16 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from danlu._common.checks import check_choice, check_integer
 from danlu.optim._base import GroupOptimizer, loss_of
 from danlu.optim._displacement import wrapped_step
-from danlu.optim._gains import Item, Kind, Measured, adapt_scales, advance, items_of
+from danlu.optim._eg_sgd import EGSGD
+from danlu.optim._gain_steps import advance
+from danlu.optim._gains import Item, Kind, Measured, adapt_scales, items_of
 from danlu.optim._nonfinite import NONFINITE, Nonfinite, parameter_name, plain, raise_where_wanted
 from danlu.optim._options import check_real_gradients
 from danlu.optim._rounding import RoundingMode
 from danlu.optim._step_size_options import check_adaptation, check_options, check_wrapped, rule_of
 
-__all__ = ["EGStepSize"]
+# Pickles of earlier versions look for EGSGD here.
+__all__ = ["EGSGD", "EGStepSize"]
 
 _INNER = ("sgdm", "adam")
 # Prefix of the inner optimizer's entries in the one state dict.
@@ -290,7 +293,7 @@ class EGStepSize(GroupOptimizer):
             if isinstance(entries, dict):
                 named = {name: value for name, value in entries.items() if name.startswith(_INNER_KEY)}
                 own[key] = {name: value for name, value in entries.items() if name not in named}
-                of_inner[key] = {name.removeprefix(_INNER_KEY): _copied(value) for name, value in named.items()}
+                of_inner[key] = {name.removeprefix(_INNER_KEY): _clone(value) for name, value in named.items()}
             else:
                 of_inner[str(key).removeprefix(_INNER_KEY)] = entries
         kept = {key: entries for key, entries in own.items() if entries}
@@ -355,5 +358,5 @@ class EGStepSize(GroupOptimizer):
         self._share_scale(before)
 
 
-def _copied(value: object) -> object:
+def _clone(value: object) -> object:
     return value.detach().clone() if isinstance(value, Tensor) else value
