@@ -295,6 +295,12 @@ def test_distributions_are_rescaled_with_a_warning():
         ExponentiatedGradient([near], mode="simplex")
 
 
+def test_the_warning_names_the_line_that_constructs():
+    with pytest.warns(UserWarning, match="was rescaled") as caught:
+        ExponentiatedGradient([nn.Parameter(torch.tensor([1.0, 3.0]))], mode="simplex")
+    assert caught[0].filename == __file__
+
+
 def test_complex_parameters_are_refused():
     p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     optimizer = ExponentiatedGradient([p])

@@ -353,7 +353,8 @@ def _check_param(param: Tensor, group: Mapping[str, Any]) -> None:
         if bool(plain(((sums - 1).abs() > _TOLERANCE).any())):
             warnings.warn(
                 f"a parameter of shape {shape} does not sum to 1 along dim={group['dim']}, and was rescaled",
-                stacklevel=4,
+                # The line that constructs the optimizer.
+                stacklevel=6,
             )
             with torch.no_grad():
                 param.copy_(data / sums)
