@@ -381,8 +381,6 @@ def test_bad_options(cls, options, error, match):
 @pytest.mark.parametrize("rate", [-0.1, math.nan])
 @pytest.mark.parametrize("kind", [float, torch.tensor])
 def test_a_bad_rate_of_a_schedule_is_refused(cls, foreach, rate, kind):
-    if cls in (Lion, Tiger):
-        pytest.skip("their compiled steps do not wait for the value of a tensor")
     p = nn.Parameter(torch.ones(3))
     optimizer = make(cls, [p], lr=0.1, foreach=foreach)
     optimizer.param_groups[0]["lr"] = kind(rate)
@@ -390,6 +388,20 @@ def test_a_bad_rate_of_a_schedule_is_refused(cls, foreach, rate, kind):
     with pytest.raises(ValueError, match=r"lr must be in \[0, inf\), got (-0\.1|nan)"):
         optimizer.step()
     assert torch.equal(p, torch.ones(3))
+
+
+@optimizers
+def test_a_bad_rate_of_the_last_group_moves_none(cls):
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = make(cls, [{"params": [p]}, {"params": [q]}], lr=0.1)
+    for _ in range(2):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[-1]["lr"] = -0.1
+    with pytest.raises(ValueError, match=r"lr must be in \[0, inf\), got -0\.1"):
+        optimizer.step()
+    assert torch.equal(p, before)
 
 
 @optimizers

@@ -19,7 +19,7 @@ from danlu.optim._amos_functional import EPS, amos, check_amos_numbers
 from danlu.optim._amos_scales import amos_scales, scale_by_kind, scaled_groups
 from danlu.optim._base import GroupOptimizer, loss_of
 from danlu.optim._nonfinite import Counts, Nonfinite, raise_where_wanted
-from danlu.optim._options import check_gradients, check_real_parameters, check_shared_options
+from danlu.optim._options import check_gradients, check_rates, check_real_parameters, check_shared_options
 from danlu.optim._param_groups import KINDS, kind_by_shape, parameter_groups
 from danlu.optim._rounding import RoundingMode
 from danlu.optim._state import add_compensation, group_rounding
@@ -92,7 +92,7 @@ class Amos(GroupOptimizer):
         float16 and bfloat16 parameters are computed in float32 and rounded as `rounding` says; $v$, $b$ and $\mu$
         are then float32, also after loading a checkpoint. $1 - \beta^t$ is computed as $-\mathrm{expm1}(t\ln\beta)$.
         The result does not depend on the scale of the gradients, short of overflow and underflow of their squares. A
-        tensor whose gradients have all been zero does not move. With `lr` 0 nothing moves. The paths agree to the
+        tensor whose gradients have all been zero does not move. With `lr` 0 from the start nothing moves. The paths agree to the
         rounding of their arithmetic, not bit for bit.
 
     Cost:
@@ -199,6 +199,7 @@ class Amos(GroupOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
         loss = loss_of(closure)
+        check_rates(self.param_groups)
         check_gradients("Amos", self.param_groups)
         check_real_parameters("Amos", self.param_groups)
         raise_where_wanted(self.param_groups)

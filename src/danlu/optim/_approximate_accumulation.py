@@ -20,7 +20,7 @@ from danlu.optim._base import GroupOptimizer, loss_of
 from danlu.optim._cycle import begin_cycle, check_cycle, new_cycle, running_cycle
 from danlu.optim._folded_adamw import check_numbers, folded_adamw
 from danlu.optim._nonfinite import Nonfinite, raise_where_wanted
-from danlu.optim._options import check_beta, check_gradients, check_real_parameters, check_shared_options
+from danlu.optim._options import check_beta, check_gradients, check_rates, check_real_parameters, check_shared_options
 from danlu.optim._rounding import RoundingMode
 from danlu.optim._state import add_compensation, group_rounding
 from danlu.optim._traversal import pick
@@ -188,6 +188,7 @@ class FoldedAdamW(GroupOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Fold every gradient into its moments, and update the parameters on the last micro-step of a cycle."""
         loss = loss_of(closure)
+        check_rates(self.param_groups)
         check_gradients("FoldedAdamW", self.param_groups)
         check_real_parameters("FoldedAdamW", self.param_groups)
         for group in self.param_groups:

@@ -17,7 +17,7 @@ from danlu.optim._base import GroupOptimizer, loss_of
 from danlu.optim._gain_steps import advance
 from danlu.optim._gains import Rule, items_of
 from danlu.optim._nonfinite import Nonfinite, raise_where_wanted
-from danlu.optim._options import check_real_gradients, check_shared_options, checked_rate
+from danlu.optim._options import check_rates, check_real_gradients, check_shared_options, checked_rate
 from danlu.optim._rounding import RoundingMode
 
 __all__ = ["EGSGD"]
@@ -114,6 +114,7 @@ class EGSGD(GroupOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
         loss = loss_of(closure)
+        check_rates(self.param_groups)
         check_real_gradients("EGSGD", self.param_groups)
         raise_where_wanted(self.param_groups)
         number = 0

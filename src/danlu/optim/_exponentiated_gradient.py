@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 from danlu._common.checks import check_choice, check_dim, check_real
 from danlu.optim._base import GroupOptimizer, loss_of
 from danlu.optim._nonfinite import Nonfinite, all_finite, counter, event_counts, is_finite, plain, raise_where_wanted
-from danlu.optim._options import check_real_gradients, check_shared_options, checked_rate
+from danlu.optim._options import check_rates, check_real_gradients, check_shared_options, checked_rate
 from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, write
 from danlu.optim._state import add_compensation, group_rounding
 from danlu.optim._traversal import compute_dtype, plan, rounded_blocks
@@ -184,6 +184,7 @@ class ExponentiatedGradient(GroupOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
         loss = loss_of(closure)
+        check_rates(self.param_groups)
         check_real_gradients("ExponentiatedGradient", self.param_groups)
         raise_where_wanted(self.param_groups)
         number = 0

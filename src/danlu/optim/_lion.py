@@ -19,7 +19,7 @@ from danlu.optim._lazy_rows import check_lazy, fixed_padding, is_lazy, is_specia
 from danlu.optim._lion_paths import compiled
 from danlu.optim._lion_rows import lion_in_place, lion_of_group, lion_rows
 from danlu.optim._nonfinite import Counts, Nonfinite, raise_where_wanted
-from danlu.optim._options import check_betas, check_layouts, check_shared_options
+from danlu.optim._options import check_betas, check_layouts, check_rates, check_shared_options
 from danlu.optim._rounding import Rounding, RoundingMode
 from danlu.optim._row_steps import LazyState, dense, settle
 from danlu.optim._sign_optimizer import SignOptimizer
@@ -186,6 +186,7 @@ class Lion(SignOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Update every parameter that has a gradient; `closure` recomputes the loss and returns it."""
         loss = loss_of(closure)
+        check_rates(self.param_groups)
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
         calls = [
             None if is_special(group) else self._calls.find(g, group, grads[g], self.state)

@@ -18,6 +18,7 @@ __all__ = [
     "check_layouts",
     "check_lengths",
     "check_lr",
+    "check_rates",
     "check_real_gradients",
     "check_real_parameters",
     "check_shared_options",
@@ -127,3 +128,12 @@ def as_float(lr: float | Tensor) -> float:
 def checked_rate(lr: float | Tensor) -> float:
     """`as_float` of a rate that a schedule may have set, or of a tensor, whose value is first known here."""
     return check_real("lr", as_float(lr), low=0.0)
+
+
+def check_rates(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `ValueError` on a rate below 0, before anything is changed; an accelerator's tensor is not waited for."""
+    for group in param_groups:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and (lr.device.type != "cpu" or torch.compiler.is_compiling()):
+            continue
+        checked_rate(lr)

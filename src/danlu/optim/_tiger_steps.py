@@ -16,7 +16,7 @@ from danlu.optim._cycle import begin_cycle, check_cycle, running_cycle
 from danlu.optim._in_backward import BackwardHooks, refuse_local_gradients
 from danlu.optim._lazy_rows import fixed_padding, is_lazy, is_special
 from danlu.optim._nonfinite import Counts, parameter_name, raise_where_wanted
-from danlu.optim._options import as_float, check_layouts, check_real_parameters
+from danlu.optim._options import as_float, check_layouts, check_rates, check_real_parameters
 from danlu.optim._param_groups import DECAYED, KINDS, kind_by_shape
 from danlu.optim._row_steps import dense, settle
 from danlu.optim._sign_optimizer import SignOptimizer
@@ -136,6 +136,7 @@ class TigerSteps(SignOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyrefly: ignore[bad-override]
         """Fold every gradient into its momentum, and update the parameters on the last micro-step of a cycle."""
         loss = loss_of(closure)
+        check_rates(self.param_groups)
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
         calls = [self._prepared(g, group, grads[g]) for g, group in enumerate(self.param_groups)]
         if None in calls:
