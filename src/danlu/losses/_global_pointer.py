@@ -13,8 +13,9 @@ from torch import Tensor
 
 from danlu._common.checks import check_floating, check_real, check_same_device, is_low_precision
 from danlu._common.reduction import Reduction, check_reduction
-from danlu.losses._global_pointer_engine import Plan, Prepared, SpanLoss
+from danlu.losses._global_pointer_engine import Plan, SpanLoss
 from danlu.losses._multilabel import refuse_where
+from danlu.losses._prepared import Prepared
 
 __all__ = ["global_pointer_loss"]
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "Prepared", "SpanLoss"]
+from danlu.losses._prepared import Grads, Prepared
+
+__all__ = ["Plan", "SpanLoss"]
 
 # Scores held at a time: half a million are 2 MB, which stay in the cache between the passes over them.
 _BLOCK = 2**19
@@ -22,22 +24,6 @@ class Plan:
     causal: bool
     scale: float
     threshold: float
-
-
-Grads = tuple[Tensor | None, ...]
-
-
-class Prepared:
-    """Gradients on their way from the forward to the first backward, which takes them without a copy."""
-
-    def __init__(self, needs: tuple[bool, ...]) -> None:
-        self.needs = needs
-        self.grads: Grads | None = None
-
-    def take(self, needs: tuple[bool, ...]) -> Grads | None:
-        """Return the gradients once, if they are all that is needed."""
-        grads, self.grads = self.grads, None
-        return grads if all(have or not need for have, need in zip(self.needs, needs, strict=True)) else None
 
 
 class SpanLoss(torch.autograd.Function):
@@ -101,14 +87,10 @@ class _Gradients(torch.autograd.Function):
         prepared: Prepared | None,
         needs: tuple[bool, ...],
     ) -> Grads:
-        grads = None if prepared is None else prepared.take(needs)
+        grads = None if prepared is None else prepared.take(needs, upstream)
         if grads is None:
             weights = rows * upstream.to(rows.dtype)
             return _run(query, key, start_bias, end_bias, spans, mask, weights, plan, needs)[1]
-        if upstream.device.type != "cpu" or float(upstream) != 1.0:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(upstream)
         return grads
 
     @staticmethod

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from danlu._common.checks import check_floating, check_integer, check_real, check_same_device, is_low_precision
 from danlu._common.reduction import Reduction, check_reduction, row_weight
-from danlu.losses._linear_engine import LinearLoss, Plan, Prepared, TokenLoss
+from danlu.losses._linear_engine import LinearLoss, Plan, TokenLoss
+from danlu.losses._prepared import Prepared
 from danlu.losses._row_loss import is_row_loss, is_transport_loss
 from danlu.losses._targets import check_range, check_row_values, check_targets
 

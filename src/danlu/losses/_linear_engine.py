@@ -16,12 +16,12 @@ from danlu._common.checks import is_low_precision
 from danlu.kernels import explain
 from danlu.kernels.linear_rows import RowCoefficients, row_statistics, write_row_gradients
 from danlu.losses._ground_cost import CostRows
+from danlu.losses._prepared import Grads, Prepared
 from danlu.losses._row_loss import RowLoss, TransportRowLoss, is_row_loss, is_transport_loss
 
-__all__ = ["LinearLoss", "Plan", "Prepared", "TokenLoss"]
+__all__ = ["LinearLoss", "Plan", "TokenLoss"]
 
 TokenLoss = RowLoss | TransportRowLoss | Callable[[Tensor, Tensor], Tensor]
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 _INSTEAD = "take the loss of F.linear(input, linear_weight)"
 # Elements of a block for every thread of the CPU: 1 MiB of float32. The passes over a block then hit the cache.
 _BLOCK = 2**18
@@ -43,23 +43,6 @@ class Plan:
     def row_dtype(self) -> torch.dtype:
         """Dtype of logits and losses."""
         return torch.float32 if is_low_precision(self.dtype) else self.dtype
-
-
-class Prepared:
-    """Gradients on their way from the forward to the first backward.
-
-    They are neither outputs nor saved tensors, so that nothing else refers to the buffers when they are handed over,
-    and `.grad` takes them without a copy.
-    """
-
-    def __init__(self, needs: tuple[bool, ...]) -> None:
-        self.needs = needs
-        self.grads: Grads | None = None
-
-    def take(self, needs: tuple[bool, ...]) -> Grads | None:
-        """Return the gradients once, if they are all that is needed."""
-        grads, self.grads = self.grads, None
-        return grads if all(have or not need for have, need in zip(self.needs, needs, strict=True)) else None
 
 
 class _Rows(NamedTuple):
@@ -150,14 +133,10 @@ class _LinearLossGradients(torch.autograd.Function):
         prepared: Prepared | None,
         needs: tuple[bool, ...],
     ) -> Grads:
-        grads = None if prepared is None else prepared.take(needs)
+        grads = None if prepared is None else prepared.take(needs, upstream)
         if grads is None:
             weights = row_weights * upstream.to(row_weights.dtype)
             return _run(hidden, weight, bias, _Batch(target, keep, weights, shift), plan, needs)[1]
-        if upstream.device.type != "cpu" or float(upstream) != 1.0:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(upstream)
         return grads
 
     @staticmethod

@@ -92,8 +92,8 @@ class Amos(GroupOptimizer):
         float16 and bfloat16 parameters are computed in float32 and rounded as `rounding` says; $v$, $b$ and $\mu$
         are then float32, also after loading a checkpoint. $1 - \beta^t$ is computed as $-\mathrm{expm1}(t\ln\beta)$.
         The result does not depend on the scale of the gradients, short of overflow and underflow of their squares. A
-        tensor whose gradients have all been zero does not move. With `lr` 0 from the start nothing moves. The paths agree to the
-        rounding of their arithmetic, not bit for bit.
+        tensor whose gradients have all been zero does not move. With `lr` 0 from the start nothing moves. The paths
+        agree to the rounding of their arithmetic, not bit for bit.
 
     Cost:
         State per slice of axis 0: two numbers; with momentum 4 bytes per float32 parameter besides. Memory traffic per
