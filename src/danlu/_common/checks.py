@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "broadcasts_to",
     "check_choice",
     "check_dim",
     "check_floating",
@@ -15,6 +16,11 @@ __all__ = [
     "check_same_device",
     "is_low_precision",
 ]
+
+
+def broadcasts_to(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a tensor of `shape` broadcasts to exactly `wanted`."""
+    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in zip(shape[::-1], wanted[::-1], strict=False))
 
 
 def check_floating(name: str, tensor: object) -> None:

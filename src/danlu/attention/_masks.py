@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from danlu._common.checks import check_floating, check_real, check_same_device
+from danlu._common.checks import broadcasts_to, check_floating, check_real, check_same_device
 
 __all__ = [
     "attend",
@@ -60,7 +60,7 @@ def check_attn_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
         raise TypeError(f"attn_mask must be a bool tensor with True = visible, got {kind}")
     wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     given = tuple(mask.shape)
-    if len(given) > 4 or any(a not in (1, b) for a, b in zip(given[::-1], wanted[::-1], strict=False)):
+    if not broadcasts_to(given, wanted):
         raise ValueError(f"attn_mask must broadcast to (B, H, M, N) = {wanted}, got {given}")
     check_same_device(query=query, attn_mask=mask)
 

@@ -9,7 +9,7 @@ Shape letters: `C` labels; `K` places of a list of positives; `...` batch axes, 
 import torch
 from torch import Tensor
 
-from danlu._common.checks import check_floating, check_real, check_same_device, is_low_precision
+from danlu._common.checks import broadcasts_to, check_floating, check_real, check_same_device, is_low_precision
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
 
 __all__ = ["multilabel_cross_entropy"]
@@ -115,7 +115,7 @@ def _check(input: Tensor, target: Tensor, mask: Tensor | None, sparse: bool) -> 
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a bool tensor with True = counts, got {kind}")
         given, full = tuple(mask.shape), tuple(input.shape)
-        if len(given) > len(full) or any(a not in (1, b) for a, b in zip(given[::-1], full[::-1], strict=False)):
+        if not broadcasts_to(given, full):
             raise ValueError(f"mask of shape {given} does not broadcast to input {full}")
     check_same_device(input=input, target=target, mask=mask)
 

@@ -8,7 +8,7 @@ Shape letters: `L` tokens; `D` channels of a head; `R` rotated channels, even an
 import torch
 from torch import Tensor, nn
 
-from danlu._common.checks import check_floating, check_integer, check_real, is_low_precision
+from danlu._common.checks import broadcasts_to, check_floating, check_integer, check_real, is_low_precision
 
 __all__ = ["RotaryEmbedding", "apply_rope", "rope_frequencies"]
 
@@ -123,7 +123,7 @@ def check_positions(name: str, positions: Tensor, shape: torch.Size) -> None:
     if positions.dtype == torch.bool or positions.is_complex() or is_low_precision(positions.dtype):
         raise TypeError(f"{name} must be integers, float32 or float64, got dtype {positions.dtype}")
     given = tuple(positions.shape)
-    if len(given) > len(shape) or any(a not in (1, b) for a, b in zip(given[::-1], shape[::-1], strict=False)):
+    if not broadcasts_to(given, shape):
         raise ValueError(f"{name} of shape {given} does not broadcast to the tokens' shape {tuple(shape)}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from danlu import kernels
 from danlu._common.checks import check_choice, is_low_precision
+from danlu._common.vmap import batch_first
 from danlu.kernels import entmax as fused
 
 __all__ = ["Implementation", "check_implementation", "entmax_along", "entmax_of_rows"]
@@ -257,14 +258,6 @@ for _operator in (_entmax, _entmax_of_rows, _entmax_vjp):
     _operator.register_fake(_like)
 
 
-def _batch_first(info: Any, tensors: tuple[Tensor, ...], axes: tuple[int | None, ...]) -> list[Tensor]:
-    """The axis of `vmap` in front; made where there is none."""
-    return [
-        tensor.expand(info.batch_size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-        for tensor, axis in zip(tensors, axes, strict=True)
-    ]
-
-
 class _Rows(torch.autograd.Function):
     """The map with one alpha."""
 
@@ -311,7 +304,7 @@ class _RowsVjp(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        return _RowsVjp.apply(*_batch_first(info, args[:2], in_dims[:2]), *args[2:]), 0
+        return _RowsVjp.apply(*batch_first(info, args[:2], in_dims[:2]), *args[2:]), 0
 
 
 class _RowsOfTensor(torch.autograd.Function):
@@ -339,4 +332,4 @@ class _RowsOfTensor(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        return _RowsOfTensor.apply(*_batch_first(info, args[:2], in_dims[:2]), args[2]), 0
+        return _RowsOfTensor.apply(*batch_first(info, args[:2], in_dims[:2]), args[2]), 0

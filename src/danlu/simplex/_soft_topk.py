@@ -13,7 +13,14 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from danlu._common.checks import check_dim, check_floating, check_real, check_same_device, is_low_precision
+from danlu._common.checks import (
+    broadcasts_to,
+    check_dim,
+    check_floating,
+    check_real,
+    check_same_device,
+    is_low_precision,
+)
 from danlu.simplex._subset_sums import inclusion, log_subset_sum
 from danlu.simplex._topk_rows import threshold_rows
 
@@ -325,7 +332,7 @@ def _check_temperature(temperature: float | Tensor, scores: Tensor) -> float | T
     check_floating("temperature", temperature)
     check_same_device(input=scores, temperature=temperature)
     given, shape = tuple(temperature.shape), tuple(scores.shape)
-    if len(given) > len(shape) or any(a not in (1, b) for a, b in zip(given[::-1], shape[::-1], strict=False)):
+    if not broadcasts_to(given, shape):
         raise ValueError(f"temperature must broadcast to input {shape}, got {given}")
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         try:
@@ -343,7 +350,7 @@ def _check_mask(mask: Tensor, input: Tensor) -> Tensor:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor with True = visible, got {kind}")
     given, shape = tuple(mask.shape), tuple(input.shape)
-    if len(given) > len(shape) or any(a not in (1, b) for a, b in zip(given[::-1], shape[::-1], strict=False)):
+    if not broadcasts_to(given, shape):
         raise ValueError(f"mask must broadcast to input {shape}, got {given}")
     return mask
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danlu._common.vmap import batch_first
 from danlu.simplex._topk_rows import threshold_rows
 
 __all__ = ["inclusion", "log_subset_sum"]
@@ -177,7 +178,7 @@ class _Inclusion(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        x, k = _batch_first(info, in_dims, *args)
+        x, k = batch_first(info, args, in_dims)
         flat = _Inclusion.apply(x.flatten(0, -2), k.flatten(0, -2))
         return flat.view(x.shape), 0
 
@@ -200,13 +201,6 @@ class _LogSubsetSum(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        x, k = _batch_first(info, in_dims, *args)
+        x, k = batch_first(info, args, in_dims)
         flat = _LogSubsetSum.apply(x.flatten(0, -2), k.flatten(0, -2))
         return flat.view(*x.shape[:-1], 1), 0
-
-
-def _batch_first(info: Any, in_dims: Any, *args: Tensor) -> list[Tensor]:
-    return [
-        x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-        for x, axis in zip(args, in_dims, strict=True)
-    ]

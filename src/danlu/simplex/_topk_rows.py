@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from danlu import kernels
+from danlu._common.vmap import batch_first
 from danlu.kernels import soft_topk as fused
 
 __all__ = ["Threshold", "Thresholded", "threshold_rows"]
@@ -203,9 +204,4 @@ class Thresholded(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        input, k, method = args
-        tensors = [
-            x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-            for x, axis in zip((input, k), in_dims[:2], strict=True)
-        ]
-        return Thresholded.apply(*tensors, method), (0, 0)
+        return Thresholded.apply(*batch_first(info, args[:2], in_dims[:2]), args[2]), (0, 0)
