@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from danlu.optim import Lion, Tiger, parameter_groups
+from danlu.optim import Amos, EGStepSize, HybridOptimizer, Lion, Tiger, parameter_groups
 
 warnings.simplefilter("ignore")
 
@@ -177,6 +177,44 @@ def check_noise_of_shards():
             p.grad = torch.full_like(p, float("nan"))
         optimizer.step()
     assert distance(net, reference) < 1e-15
+
+
+def check_padding_rows_of_shards():
+    """Rows of the first and of the second process, with decay and momentum that would move them."""
+
+    def hybrid(groups):
+        return HybridOptimizer(groups, {"default": (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.5})})
+
+    makers = (
+        lambda groups: Lion(groups, lr=0.1, weight_decay=0.5),
+        lambda groups: Lion(groups, lr=0.1, weight_decay=0.5, lazy=("embedding",)),
+        lambda groups: Tiger(groups, lr=0.1, weight_decay=0.5),
+        lambda groups: Amos(groups, lr=0.1, scales=0.1, extra_l2=0.5),
+        lambda groups: EGStepSize("adam", groups, lr=0.1, weight_decay=0.5),
+        hybrid,
+    )
+    for make in makers:
+        for row in (0, 6, 7, 12):
+            net = sharded()
+            net[0].padding_idx = row
+            before = full(net[0].weight).clone()
+            together(net, make(parameter_groups(net)))
+            after = full(net[0].weight)
+            assert torch.equal(before[row], after[row]), row
+            assert not torch.equal(before, after)
+
+
+def check_shrinking_of_shards():
+    for make in (
+        lambda net: Lion(parameter_groups(net), lr=0.01, nonfinite="shrink", shrink=0.5),
+        lambda net: EGStepSize("sgdm", parameter_groups(net), lr=0.1, nonfinite="shrink", shrink=0.5),
+    ):
+        net = sharded()
+        optimizer = make(net)
+        together(net, optimizer, bad=3)
+        reference, expected = alone(make, bad=3)
+        assert distance(net, reference) < 1e-14
+        assert optimizer.nonfinite_events == expected.nonfinite_events == {"1.weight": 1}
 
 
 def check_full_state_dict_round_trip():

@@ -498,7 +498,7 @@ ONE = nn.Parameter(torch.ones(2))
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"foreach": True, "fused": True}, ValueError, "foreach and fused cannot both be True"),
         ({"reduce": "rows"}, ValueError, "reduce must be one of 'auto', 'scalar', 'none'"),
-        ({"nonfinite": "shrink"}, ValueError, "nonfinite must be one of"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of"),
         ({"scales": 0.0}, ValueError, "scales must be in"),
         ({"scales": -1.0}, ValueError, "scales must be in"),
         ({"scales": {"w": 1.0}}, ValueError, "need named parameters"),

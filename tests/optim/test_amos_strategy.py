@@ -385,7 +385,7 @@ P = nn.Parameter(torch.ones(2, 2))
         (torch.optim.AdamW([P]), {}, ValueError, "weight_decay of inner must be 0"),
         (torch.optim.SGD([P], lr=0.0), {}, ValueError, "lr of inner must not be 0"),
         (torch.optim.LBFGS([P]), {}, ValueError, "LBFGS calls the closure itself"),
-        (torch.optim.SGD([P], lr=1.0), {"nonfinite": "shrink"}, ValueError, "nonfinite must be one of"),
+        (torch.optim.SGD([P], lr=1.0), {"nonfinite": "ignore"}, ValueError, "nonfinite must be one of"),
         (torch.optim.SGD([P], lr=1.0), {"alpha0": -1.0}, ValueError, "alpha0 must be in"),
         (torch.optim.SGD([P], lr=1.0), {"q": -1.0}, ValueError, "q must be in"),
         ([P], {}, TypeError, r"inner must be a torch\.optim\.Optimizer, got list"),

@@ -207,7 +207,7 @@ def test_the_cycle_may_change_between_cycles_only():
         ({"eps": -1e-8}, ValueError, "eps must be in"),
         ({"grad_accum_steps": 0}, ValueError, "grad_accum_steps must be at least 1, got 0"),
         ({"grad_accum_steps": 1.0}, TypeError, "grad_accum_steps must be an int"),
-        ({"nonfinite": "shrink"}, ValueError, "nonfinite must be one of 'skip', 'raise', 'off'"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of 'skip', 'shrink', 'raise', 'off'"),
     ],
 )
 def test_bad_options(options, error, match):

@@ -10,7 +10,7 @@ from torch import nn
 from danlu import optim
 from danlu.optim import EGSGD, Amos, EGStepSize, ExponentiatedGradient, FoldedAdamW, Lion, Tiger
 
-LATER = ("rounding", "seed", "step")
+LATER = ("rounding", "seed", "step", "shrink")
 MAKERS = {
     "amos": lambda params: Amos(params, lr=0.05, scales=0.5),
     "eg": lambda params: ExponentiatedGradient(params, lr=0.05, mode="signed"),
@@ -39,6 +39,8 @@ def train(optimizer, steps, first=0):
 
 def without_later(name, groups):
     later = (*LATER, "fused") if name.startswith("step_size") else LATER
+    if name == "tiger":
+        later = tuple(key for key in later if key != "shrink")
     return [{key: value for key, value in group.items() if key not in later} for group in groups]
 
 

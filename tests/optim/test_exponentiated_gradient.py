@@ -264,7 +264,7 @@ BAD = [
     ([ROW], {"mode": "positive"}, ValueError, "mode must be one of 'nonnegative', 'simplex', 'signed'"),
     ([ROW], {"lr": -0.1}, ValueError, r"lr must be in \[0, inf\)"),
     ([ROW], {"lr": math.nan}, ValueError, r"lr must be in \[0, inf\)"),
-    ([ROW], {"nonfinite": "shrink"}, ValueError, "nonfinite must be one of"),
+    ([ROW], {"nonfinite": "ignore"}, ValueError, "nonfinite must be one of"),
 ]
 
 

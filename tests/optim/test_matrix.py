@@ -282,9 +282,9 @@ CASES += [
             {"betas": value}
             for value in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, NAN), (0.9,), (0.1, 0.2, 0.3), 0.9)
         ),
-        {"nonfinite": "shrink"},
+        *({"shrink": value} for value in (0.0, 1.01, -1.0, NAN)),
     ]
-    for case in of(Lion, "betas" if "betas" in options else "nonfinite", **options)
+    for case in of(Lion, next(iter(options)), **options)
 ]
 CASES += [
     case
@@ -315,7 +315,8 @@ CASES += [
     for name, make in MAKERS.items()
     for options in [
         *({"lr": value} for value in (-1.0, NAN, INF, torch.ones(2))),
-        *({"nonfinite": value} for value in ("ignore", "shrink")),
+        {"nonfinite": "ignore"},
+        *({"shrink": value} for value in (0.0, 1.01)),
         *(
             {
                 "Amos": [

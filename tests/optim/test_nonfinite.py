@@ -35,6 +35,7 @@ OPTIMIZERS = {
     "ExponentiatedGradient": (partial(ExponentiatedGradient, mode="signed", beta=0.2), {"lr": 0.3}),
     "FoldedAdamW": (FoldedAdamW, {"lr": 3e-3}),
     "Tiger (skip)": (Tiger, {"lr": 1e-2, "nonfinite": "skip"}),
+    "Lion (shrink)": (Lion, {"lr": 3e-3, "nonfinite": "shrink"}),
 }
 WHERE = {
     "one coordinate": lambda grads, bad: grads[0].view(-1)[3].fill_(bad),

@@ -65,8 +65,11 @@ class Amos(GroupOptimizer):
         reduce: shape of $v$ and $b$. `"auto"`: a number per slice of axis 0 (output unit, channel, token), and one for
             a tensor with fewer than two axes. `"scalar"`: one per tensor. `"none"`: one per element.
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf, or is so large that $M_2$ overflows.
-            `"skip"`: this tensor and its state stay as they are for this step. `"raise"`: `RuntimeError` that names
-            the parameters with NaN or Inf, and no tensor is changed; an overflow is skipped. `"off"`: not looked for.
+            `"skip"`: this tensor and its state stay as they are for this step. `"shrink"`: the state stays, and the
+            tensor becomes $c + (\theta - c)\,r$ with $c$ the group's `center` (0 without one) and $r$ = `shrink`.
+            `"raise"`: `RuntimeError` that names the parameters with NaN or Inf, and no tensor is changed; an overflow
+            is skipped. `"off"`: not looked for.
+        shrink: $r \in (0, 1]$, of `nonfinite="shrink"`.
         rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
             None: stochastically for bfloat16, to nearest for float16.
         seed: of stochastic rounding.
@@ -138,6 +141,7 @@ class Amos(GroupOptimizer):
         eps: float = EPS,
         reduce: Reduce = "auto",
         nonfinite: Nonfinite = "skip",
+        shrink: float = 0.99,
         rounding: RoundingMode | None = None,
         seed: int = 0,
         foreach: bool | None = None,
@@ -155,6 +159,7 @@ class Amos(GroupOptimizer):
             "eps": eps,
             "reduce": reduce,
             "nonfinite": nonfinite,
+            "shrink": shrink,
             "rounding": rounding,
             "seed": seed,
             "foreach": foreach,
@@ -208,29 +213,31 @@ class Amos(GroupOptimizer):
             chosen = [i for i, param in enumerate(group["params"]) if param.grad is not None]
             params = pick(chosen, group["params"])
             states = [self._state(param, group) for param in params]
-            amos(
-                params,
-                [param.grad for param in params],
-                [state["exp_avg_sq"] for state in states],
-                [state["decay"] for state in states],
-                [state["step"] for state in states],
-                [state["exp_avg"] for state in states] if group["momentum"] > 0 else None,
-                scales=[_scale(param, group) for param in params],
-                lr=group["lr"],
-                beta=group["beta"],
-                momentum=group["momentum"],
-                clip_value=group["clip_value"],
-                extra_l2=group["extra_l2"],
-                c_coef=group["c_coef"],
-                d_coef=group["d_coef"],
-                eps=group["eps"],
-                nonfinite="off" if group["nonfinite"] == "off" else "skip",
-                nonfinite_counts=list(Counts(self._nonfinite_counts, params)),
-                rounding=group_rounding(group, group["step"], [first + i for i in chosen], states),
-                foreach=group["foreach"],
-                fused=group["fused"],
-                maximize=group["maximize"],
-            )
+            rounding = group_rounding(group, group["step"], [first + i for i in chosen], states)
+            with self._around(group, params, lambda i, r=rounding, p=params: r.of(i, p[i].dtype)):
+                amos(
+                    params,
+                    [param.grad for param in params],
+                    [state["exp_avg_sq"] for state in states],
+                    [state["decay"] for state in states],
+                    [state["step"] for state in states],
+                    [state["exp_avg"] for state in states] if group["momentum"] > 0 else None,
+                    scales=[_scale(param, group) for param in params],
+                    lr=group["lr"],
+                    beta=group["beta"],
+                    momentum=group["momentum"],
+                    clip_value=group["clip_value"],
+                    extra_l2=group["extra_l2"],
+                    c_coef=group["c_coef"],
+                    d_coef=group["d_coef"],
+                    eps=group["eps"],
+                    nonfinite="off" if group["nonfinite"] == "off" else "skip",
+                    nonfinite_counts=list(Counts(self._nonfinite_counts, params)),
+                    rounding=rounding,
+                    foreach=group["foreach"],
+                    fused=group["fused"],
+                    maximize=group["maximize"],
+                )
             first += len(group["params"])
             group["step"] += 1
         return loss

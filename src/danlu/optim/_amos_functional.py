@@ -21,7 +21,7 @@ from danlu.optim._amos_step import (
     multi_tensor_amos,
     single_tensor_amos,
 )
-from danlu.optim._nonfinite import NONFINITE, Nonfinite, raise_if_nonfinite
+from danlu.optim._nonfinite import STEP_NONFINITE, StepNonfinite, raise_if_nonfinite
 from danlu.optim._options import check_beta, check_lengths, check_lr, checked_rate
 from danlu.optim._rounding import Rounding
 from danlu.optim._traversal import pick, plan
@@ -50,7 +50,7 @@ def amos(
     c_coef: float = 0.25,
     d_coef: float = 0.25,
     eps: float = EPS,
-    nonfinite: Nonfinite = "skip",
+    nonfinite: StepNonfinite = "skip",
     nonfinite_counts: Sequence[Tensor] | None = None,
     rounding: Rounding = _DEFAULT_ROUNDING,
     foreach: bool | None = None,
@@ -121,7 +121,7 @@ def amos(
             "eps": eps,
         }
     )
-    check_choice("nonfinite", nonfinite, NONFINITE)
+    check_choice("nonfinite", nonfinite, STEP_NONFINITE)
     if (exp_avgs is None) != (momentum == 0):
         raise ValueError(f"exp_avgs must be given if and only if momentum > 0, got momentum={momentum}")
     check_lengths(

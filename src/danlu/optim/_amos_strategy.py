@@ -5,6 +5,7 @@ Source: "基于Amos优化器思想推导出来的一些“炼丹策略”" (2022
 Shape letters: `...` the shape of a parameter.
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,11 @@ from danlu.optim._base import loss_of
 from danlu.optim._exponentiated_gradient import ExponentiatedGradient
 from danlu.optim._lion import Lion
 from danlu.optim._nonfinite import NONFINITE, Nonfinite, counter, event_counts, parameter_name, raise_if_nonfinite
-from danlu.optim._options import check_gradients, checked_rate
+from danlu.optim._options import check_gradients, check_shrink, checked_rate
+from danlu.optim._padding import check_padding, fixed_padding
 from danlu.optim._param_groups import DECAYED, Kind, kind_by_shape, parameter_groups
 from danlu.optim._schedules import inverse_square, inverse_time
+from danlu.optim._shrink import toward_center
 from danlu.optim._tiger import Tiger
 from danlu.optim._traversal import compute_dtype
 
@@ -149,8 +152,11 @@ class UpdateNormalized(Optimizer):
         sigma: $\sigma$ of each tensor, as in [`amos_strategy`][danlu.optim.amos_strategy].
         q: $q > 0$.
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: the inner optimizer does not see
-            it in this step (one wait for the device). `"raise"`: `RuntimeError` that names the parameters; no tensor
-            is changed. `"off"`: not looked for; the state of the inner optimizer may then be spoiled.
+            it in this step (one wait for the device). `"shrink"`: nor then, and the tensor becomes
+            $c + (\theta - c)\,r$ with $c$ the group's `center` (0 without one) and $r$ = `shrink`. `"raise"`:
+            `RuntimeError` that names the parameters; no tensor is changed. `"off"`: not looked for; the state of the
+            inner optimizer may then be spoiled.
+        shrink: $r \in (0, 1]$, of `nonfinite="shrink"`.
 
     Returns:
         From `step`: what the closure returned, or None. Schedule the `lr` of this optimizer, not of the inner one; its
@@ -195,6 +201,7 @@ class UpdateNormalized(Optimizer):
         *,
         q: float = 1.0,
         nonfinite: Nonfinite = "skip",
+        shrink: float = 0.99,
     ) -> None:
         if not isinstance(inner, Optimizer):
             raise TypeError(f"inner must be a torch.optim.Optimizer, got {type(inner).__name__}")
@@ -210,8 +217,9 @@ class UpdateNormalized(Optimizer):
         self._recipe: tuple[float, float, Sigma] = (alpha0, q, sigma)
         self._nonfinite_counts: dict[Tensor, Tensor] = {}
         self._complete = False
-        defaults = {"lr": alpha0, "weight_decay": 0.0, "nonfinite": nonfinite}
+        defaults = {"lr": alpha0, "weight_decay": 0.0, "nonfinite": nonfinite, "shrink": shrink}
         check_choice("nonfinite", nonfinite, NONFINITE)
+        check_shrink(defaults)
         super().__init__(_divide(inner.param_groups, *self._recipe), defaults)
         self._complete = True
         self.state = inner.state
@@ -225,9 +233,11 @@ class UpdateNormalized(Optimizer):
         """Add a group to both optimizers; its options are the inner one's. The dictionary is not modified."""
         if not self._complete:
             super().add_param_group(param_group)
+            check_padding(self.param_groups)
             return
         _check_inner(param_group)
         self.inner.add_param_group({"weight_decay": 0.0, **param_group})
+        check_padding(self.inner.param_groups)
         for group in _divide(self.inner.param_groups[-1:], *self._recipe):
             super().add_param_group(group)
 
@@ -275,6 +285,14 @@ class UpdateNormalized(Optimizer):
         loss = loss_of(closure)
         check_gradients("UpdateNormalized", self.param_groups)
         hidden = self._bad_gradients()
+        with contextlib.ExitStack() as padding:
+            for group in self.param_groups:
+                padding.enter_context(fixed_padding(group, group["params"]))
+            self._take(hidden)
+        return loss
+
+    def _take(self, hidden: Mapping[Tensor, Tensor]) -> None:
+        """The step, with the gradients `hidden` from the inner optimizer."""
         live: list[tuple[Tensor, Tensor, float, float]] = []
         for group in self.param_groups:
             numbers = checked_rate(group["lr"]), group["weight_decay"]
@@ -295,7 +313,10 @@ class UpdateNormalized(Optimizer):
                 param.grad = grad
         for param, start, rate, decay in live:
             param.copy_(_moved(start, param, rate, decay))
-        return loss
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in hidden and group["nonfinite"] == "shrink":
+                    param.copy_(toward_center(param.to(compute_dtype(param.dtype)), group))
 
     def _bad_gradients(self) -> dict[Tensor, Tensor]:
         """Gradients to hide from the inner optimizer, by parameter."""
@@ -305,7 +326,7 @@ class UpdateNormalized(Optimizer):
             for i, param in enumerate(group["params"]):
                 if param.grad is not None and group["nonfinite"] == "raise":
                     strict[parameter_name(self.param_groups, g, i)] = param.grad
-                elif param.grad is not None and group["nonfinite"] == "skip":
+                elif param.grad is not None and group["nonfinite"] in ("skip", "shrink"):
                     looked.append(param)
         raise_if_nonfinite(strict)
         flags = [torch.isfinite(param.grad).all() for param in looked if param.grad is not None]

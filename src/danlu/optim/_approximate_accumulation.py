@@ -91,8 +91,10 @@ class FoldedAdamW(GroupOptimizer):
         grad_accum_steps: $k \ge 1$, calls of `step` per update. Call `step` and `zero_grad` after every micro-batch and
             do not divide the loss by $k$. It can change between cycles, not within one.
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: its moments stay as they are, and
-            so does the tensor if this is the last micro-step. `"raise"`: `RuntimeError` that names the parameters; no
-            tensor is changed. `"off"`: not looked for.
+            so does the tensor if this is the last micro-step. `"shrink"`: the moments stay, and the tensor becomes
+            $c + (\theta - c)\,r$ at once, with $c$ the group's `center` (0 without one) and $r$ = `shrink`. `"raise"`:
+            `RuntimeError` that names the parameters; no tensor is changed. `"off"`: not looked for.
+        shrink: $r \in (0, 1]$, of `nonfinite="shrink"`.
         rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
             None: stochastically for bfloat16, to nearest for float16.
         seed: of stochastic rounding.
@@ -149,6 +151,7 @@ class FoldedAdamW(GroupOptimizer):
         *,
         grad_accum_steps: int = 1,
         nonfinite: Nonfinite = "skip",
+        shrink: float = 0.99,
         rounding: RoundingMode | None = None,
         seed: int = 0,
         foreach: bool | None = None,
@@ -161,6 +164,7 @@ class FoldedAdamW(GroupOptimizer):
             "weight_decay": weight_decay,
             "grad_accum_steps": grad_accum_steps,
             "nonfinite": nonfinite,
+            "shrink": shrink,
             "rounding": rounding,
             "seed": seed,
             "foreach": foreach,
@@ -176,7 +180,7 @@ class FoldedAdamW(GroupOptimizer):
         check_shared_options(group)
 
     def _later_options(self) -> dict[str, Any]:
-        return {"rounding": None, "seed": 0}
+        return {"rounding": None, "seed": 0, "shrink": 0.99}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not give are the optimizer's defaults. The dictionary is not modified."""
@@ -214,27 +218,28 @@ class FoldedAdamW(GroupOptimizer):
                 add_compensation(state, param, group)
                 if param not in self._nonfinite_counts:
                     self._nonfinite_counts[param] = param.new_zeros((), dtype=torch.int64)
-            folded_adamw(
-                params,
-                [param.grad for param in params],
-                [self.state[param]["exp_avg"] for param in params],
-                [self.state[param]["exp_avg_sq"] for param in params],
-                [self.state[param]["step"] for param in params],
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                share=1.0 / group["cycle_length"],
-                folded=[bool(self.state[param].get("folded", False)) for param in params],
-                update=last,
-                nonfinite="skip" if group["nonfinite"] == "skip" else "off",
-                nonfinite_counts=[self._nonfinite_counts[param] for param in params],
-                rounding=group_rounding(
-                    group, group["micro_step"], [first + i for i in chosen], [self.state[param] for param in params]
-                ),
-                foreach=group["foreach"],
-                maximize=group["maximize"],
-            )
+            states = [self.state[param] for param in params]
+            rounding = group_rounding(group, group["micro_step"], [first + i for i in chosen], states)
+            with self._around(group, params, lambda i, r=rounding, p=params: r.of(i, p[i].dtype)):
+                folded_adamw(
+                    params,
+                    [param.grad for param in params],
+                    [self.state[param]["exp_avg"] for param in params],
+                    [self.state[param]["exp_avg_sq"] for param in params],
+                    [self.state[param]["step"] for param in params],
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    share=1.0 / group["cycle_length"],
+                    folded=[bool(self.state[param].get("folded", False)) for param in params],
+                    update=last,
+                    nonfinite="skip" if group["nonfinite"] in ("skip", "shrink") else "off",
+                    nonfinite_counts=[self._nonfinite_counts[param] for param in params],
+                    rounding=rounding,
+                    foreach=group["foreach"],
+                    maximize=group["maximize"],
+                )
             for param in params:
                 self.state[param]["folded"] = not last
             first += len(group["params"])

@@ -1,6 +1,7 @@
 """What the optimizers of this family share: groups that are checked, counts of bad gradients, copies, checkpoints."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from danlu.optim._nonfinite import event_counts
+from danlu.optim._padding import check_padding, fixed_padding
+from danlu.optim._rounding import Writer
+from danlu.optim._shrink import shrinking, toward_center
 from danlu.optim._state import restore_state_tensors
 
 __all__ = ["GroupOptimizer", "loss_of"]
@@ -42,7 +46,22 @@ class GroupOptimizer(Optimizer):
 
     def _later_options(self) -> dict[str, Any]:
         """Options that came later than the class, for groups of before."""
-        return {"rounding": None, "seed": 0, "step": 0}
+        return {"rounding": None, "seed": 0, "step": 0, "shrink": 0.99}
+
+    @contextlib.contextmanager
+    def _around(
+        self, group: Mapping[str, Any], params: Sequence[Tensor], writer: Callable[[int], Writer | None]
+    ) -> Iterator[None]:
+        """Around the step of some parameters of a group: padding rows stay, and bad gradients may shrink their tensors.
+
+        `writer` tells how parameter i is rounded.
+        """
+        with fixed_padding(group, params), shrinking(group, params, self._nonfinite_counts, writer, self._shrunk):
+            yield
+
+    def _shrunk(self, theta: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """What a tensor becomes with `nonfinite="shrink"`."""
+        return toward_center(theta, group)
 
     @property
     def nonfinite_events(self) -> dict[str, int]:
@@ -55,6 +74,7 @@ class GroupOptimizer(Optimizer):
             self._check_group(self.defaults | param_group)
             param_group = dict(param_group)
         super().add_param_group(param_group)
+        check_padding(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in self._copied}

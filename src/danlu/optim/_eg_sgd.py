@@ -40,6 +40,7 @@ class EGSGD(GroupOptimizer):
         gamma: $\gamma \ge 0$, in units of one over a gradient squared; 0 is SGD.
         weight_decay: $\lambda \ge 0$.
         nonfinite: as in [`EGStepSize`][danlu.optim.EGStepSize].
+        shrink: as in `EGStepSize`.
         rounding: as in `EGStepSize`.
         seed: as in `EGStepSize`.
         foreach: as in `EGStepSize`.
@@ -86,6 +87,7 @@ class EGSGD(GroupOptimizer):
         *,
         weight_decay: float = 0.0,
         nonfinite: Nonfinite = "skip",
+        shrink: float = 0.99,
         rounding: RoundingMode | None = None,
         seed: int = 0,
         foreach: bool | None = None,
@@ -96,6 +98,7 @@ class EGSGD(GroupOptimizer):
             "gamma": gamma,
             "weight_decay": weight_decay,
             "nonfinite": nonfinite,
+            "shrink": shrink,
             "rounding": rounding,
             "seed": seed,
             "foreach": foreach,
@@ -127,10 +130,11 @@ class EGSGD(GroupOptimizer):
                 decay=rate * group["weight_decay"],
                 gain_lr=group["gamma"],
                 sign_gain=False,
-                guard=group["nonfinite"] == "skip",
+                guard=group["nonfinite"] in ("skip", "shrink"),
             )
             items = items_of(group, rule, self.state, self._nonfinite_counts, first=number)
-            advance(items, foreach=group["foreach"], fused=False, shared=False)
+            with self._around(group, [item.param for item in items], [item.writer for item in items].__getitem__):
+                advance(items, foreach=group["foreach"], fused=False, shared=False)
             number += len(group["params"])
             group["step"] += 1
         return loss

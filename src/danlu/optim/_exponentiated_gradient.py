@@ -19,6 +19,7 @@ from danlu.optim._base import GroupOptimizer, loss_of
 from danlu.optim._nonfinite import Nonfinite, all_finite, counter, event_counts, is_finite, plain, raise_where_wanted
 from danlu.optim._options import check_rates, check_real_gradients, check_shared_options, checked_rate
 from danlu.optim._rounding import Rounding, RoundingMode, Writer, read, write
+from danlu.optim._shrink import toward_center
 from danlu.optim._state import add_compensation, group_rounding
 from danlu.optim._traversal import compute_dtype, plan, rounded_blocks
 
@@ -58,7 +59,10 @@ class ExponentiatedGradient(GroupOptimizer):
         floor: $f \ge 0$: smallest value of an element. With 0 an element at exactly 0 stays there for ever. Not for
             `"signed"`, which passes through 0.
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: it stays as it is for this step.
-            `"raise"`: `RuntimeError` that names the parameters; no tensor is changed. `"off"`: not looked for.
+            `"shrink"`: it becomes $c + (\theta - c)\,r$ with $r$ = `shrink` and $c$ the group's `center` (0 without
+            one), or the uniform distribution. `"raise"`: `RuntimeError` that names the parameters; no tensor is
+            changed. `"off"`: not looked for.
+        shrink: $r \in (0, 1]$, of `nonfinite="shrink"`.
         rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
             None: stochastically for bfloat16, to nearest for float16. Distributions are always rounded to nearest.
         seed: of stochastic rounding.
@@ -121,6 +125,7 @@ class ExponentiatedGradient(GroupOptimizer):
         floor: float = 0.0,
         *,
         nonfinite: Nonfinite = "skip",
+        shrink: float = 0.99,
         rounding: RoundingMode | None = None,
         seed: int = 0,
         foreach: bool | None = None,
@@ -133,6 +138,7 @@ class ExponentiatedGradient(GroupOptimizer):
             "beta": beta,
             "floor": floor,
             "nonfinite": nonfinite,
+            "shrink": shrink,
             "rounding": rounding,
             "seed": seed,
             "foreach": foreach,
@@ -191,7 +197,7 @@ class ExponentiatedGradient(GroupOptimizer):
         for group in self.param_groups:
             rate = checked_rate(group["lr"])
             rate = -rate if group["maximize"] else rate
-            guard = group["nonfinite"] == "skip"
+            guard = group["nonfinite"] in ("skip", "shrink")
             params = [param for param in group["params"] if param.grad is not None]
             writers = self._writers(group, number)
             number += len(group["params"])
@@ -200,15 +206,23 @@ class ExponentiatedGradient(GroupOptimizer):
                 for counts in (self._nonfinite_counts, self._clamp_counts):
                     counter(counts, param)
             foreach = False if group["mode"] == "simplex" else group["foreach"]
-            for path, indices in plan(params, [param.grad for param in params], foreach):
-                chosen = [params[i] for i in indices]
-                if path == "bucket" and group["mode"] == "nonnegative":
-                    self._bucket(chosen, group, rate, guard, [writers[i] for i in indices])
-                    continue
-                move = self._blocks if path == "blocks" else self._whole
-                for i in indices:
-                    move(params[i], group, rate, guard, writers[i])
+            with self._around(group, params, writers.__getitem__):
+                for path, indices in plan(params, [param.grad for param in params], foreach):
+                    chosen = [params[i] for i in indices]
+                    if path == "bucket" and group["mode"] == "nonnegative":
+                        self._bucket(chosen, group, rate, guard, [writers[i] for i in indices])
+                        continue
+                    move = self._blocks if path == "blocks" else self._whole
+                    for i in indices:
+                        move(params[i], group, rate, guard, writers[i])
         return loss
+
+    def _shrunk(self, theta: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """Distributions shrink towards the uniform one, and nothing falls below the floor."""
+        if group["mode"] == "simplex":
+            return toward_center(theta, {**group, "center": 1 / theta.shape[group["dim"]]})
+        moved = toward_center(theta, group)
+        return moved.clamp(min=group["floor"]) if group["mode"] == "nonnegative" else moved
 
     def _writers(self, group: Mapping[str, Any], first: int) -> list[Writer | None]:
         """How the parameters of a group that have gradients are rounded; `first` is the number of its first one."""

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from danlu._common.checks import check_choice
 from danlu.optim._base import loss_of
-from danlu.optim._lazy_rows import check_rows, fixed_padding
+from danlu.optim._padding import check_padding, fixed_padding
 from danlu.optim._param_groups import KINDS, parameter_groups
 
 __all__ = ["HybridOptimizer"]
@@ -127,7 +127,7 @@ class HybridOptimizer(Optimizer):
         # At the end of the list, whatever its rule: schedulers know groups by their place.
         self.param_groups.append(param_group)
         try:
-            check_rows(self.param_groups)
+            check_padding(self.param_groups)
             if not known.isdisjoint(param_group["params"]):
                 self.param_groups.pop()
                 raise ValueError("some parameters appear in more than one parameter group")

@@ -1,33 +1,32 @@
 r"""Lazy rows: an optimizer that moves only those rows of a table whose gradient says something about them.
 
 Under a sign update a row that was seen once keeps moving: the sign of its momentum stays $\pm1$ however small the
-momentum gets. Here are the options that ask for lazy rows, the rows that a caller marks, and the padding rows, which
-never move. `_row_steps.py` has the step.
+momentum gets. Here are the options that ask for lazy rows, and the rows that a caller marks. `_row_steps.py` has the
+step.
 
 Source: kexue.fm articles 9736 (2023-08-28) and 6869, the "lazy" optimizer.
 
 Shape letters: V rows, `...` the other axes of a table (none for a vector).
 """
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from danlu import kernels
-from danlu._common.checks import check_choice, check_integer
+from danlu._common.checks import check_choice
 from danlu.optim._param_groups import KINDS
 from danlu.optim._rounding import resolve_rounding
 from danlu.optim._row_steps import RowsInPlace, RowUpdate, step_rows
 
-__all__ = ["LazyRows", "check_lazy", "check_rows", "fixed_padding", "is_lazy", "is_special", "warn_if_lazy_is_idle"]
+__all__ = ["LazyRows", "check_lazy", "check_rows", "is_lazy", "is_special", "warn_if_lazy_is_idle"]
 
 
 def check_lazy(options: Mapping[str, Any]) -> None:
-    """Raise unless `lazy` is a bool or a sequence of kinds, `lazy_state` is known and `padding_idx` a row's number."""
+    """Raise unless `lazy` is a bool or a sequence of kinds and `lazy_state` is known."""
     lazy = options["lazy"]
     if not isinstance(lazy, (bool, list, tuple)):
         raise TypeError(f"lazy must be a bool or a sequence of kinds such as ('embedding',), got {lazy!r}")
@@ -35,22 +34,14 @@ def check_lazy(options: Mapping[str, Any]) -> None:
         for kind in lazy:
             check_choice("lazy", kind, KINDS)
     check_choice("lazy_state", options["lazy_state"], ("decay", "freeze"))
-    if options.get("padding_idx") is not None:
-        check_integer("padding_idx", options["padding_idx"], low=0)
 
 
 def check_rows(param_groups: list[dict[str, Any]]) -> None:
-    """Remove the last group again and raise `ValueError` if a parameter lacks the rows that its options speak of."""
+    """Remove the last group again and raise `ValueError` if it is lazy and a parameter has no rows."""
     group = param_groups[-1]
-    padding = group.get("padding_idx")
-    for param in group["params"]:
-        shape = tuple(param.shape)
-        if is_lazy(group) and param.ndim == 0:
-            param_groups.pop()
-            raise ValueError(f"lazy needs parameters with rows, got one of shape {shape}")
-        if padding is not None and (param.ndim == 0 or param.shape[0] <= padding):
-            param_groups.pop()
-            raise ValueError(f"padding_idx={padding} is not a row of a parameter of shape {shape}")
+    if is_lazy(group) and any(param.ndim == 0 for param in group["params"]):
+        param_groups.pop()
+        raise ValueError("lazy needs parameters with rows, got one of shape ()")
 
 
 def is_special(group: Mapping[str, Any]) -> bool:
@@ -72,19 +63,6 @@ def is_lazy(group: Mapping[str, Any]) -> bool:
     """Whether the rows of this group's parameters are updated lazily."""
     lazy = group.get("lazy", ())
     return lazy if isinstance(lazy, bool) else group.get("kind") in lazy
-
-
-@contextlib.contextmanager
-def fixed_padding(group: Mapping[str, Any], params: Sequence[Tensor]) -> Iterator[None]:
-    """Put the padding rows of these parameters of a group back to what they were on entry."""
-    row = group.get("padding_idx")
-    held: list[Tensor] = [] if row is None else [param.detach()[row].clone() for param in params]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for param, value in zip(params, held, strict=False):
-                param[row] = value
 
 
 class LazyRows:

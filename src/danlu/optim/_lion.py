@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from danlu._common.checks import check_real
 from danlu.optim._base import loss_of
-from danlu.optim._lazy_rows import check_lazy, fixed_padding, is_lazy, is_special, warn_if_lazy_is_idle
+from danlu.optim._lazy_rows import check_lazy, is_lazy, is_special, warn_if_lazy_is_idle
 from danlu.optim._lion_paths import compiled
 from danlu.optim._lion_rows import lion_in_place, lion_of_group, lion_rows
 from danlu.optim._nonfinite import Counts, Nonfinite, raise_where_wanted
@@ -24,7 +24,7 @@ from danlu.optim._rounding import Rounding, RoundingMode
 from danlu.optim._row_steps import LazyState, dense, settle
 from danlu.optim._sign_optimizer import SignOptimizer
 from danlu.optim._stale_momentum import apply_deadzone, check_deadzone
-from danlu.optim._state import device_step, momentum_states
+from danlu.optim._state import device_step, group_rounding, momentum_states
 from danlu.optim._traversal import pick
 
 __all__ = ["Lion"]
@@ -50,8 +50,11 @@ class Lion(SignOptimizer):
         betas: $(\beta_1, \beta_2)$, each in $[0, 1)$; (0.9, 0.99) is the choice for vision, (0.95, 0.98) for language.
         weight_decay: $\lambda \ge 0$, decoupled; the decay per step is $\eta\lambda$.
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: this tensor and its momentum stay
-            as they are for this step. `"raise"`: `RuntimeError` that names the parameters; no tensor is changed.
+            as they are for this step. `"shrink"`: the momentum stays, and the tensor becomes $c + (\theta - c)\,r$
+            with $c$ the group's `center` (0 without one) and $r$ = `shrink`, the rescue of
+            [`Tiger`][danlu.optim.Tiger]. `"raise"`: `RuntimeError` that names the parameters; no tensor is changed.
             `"off"`: not looked for; one such element then spoils its momentum for good.
+        shrink: $r \in (0, 1]$, of `nonfinite="shrink"`.
         rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
             None: stochastically for bfloat16, to nearest for float16.
         seed: of stochastic rounding.
@@ -123,6 +126,7 @@ class Lion(SignOptimizer):
         weight_decay: float = 0.0,
         *,
         nonfinite: Nonfinite = "skip",
+        shrink: float = 0.99,
         rounding: RoundingMode | None = None,
         seed: int = 0,
         state_dtype: torch.dtype | None = None,
@@ -139,6 +143,7 @@ class Lion(SignOptimizer):
             "betas": betas,
             "weight_decay": weight_decay,
             "nonfinite": nonfinite,
+            "shrink": shrink,
             "rounding": rounding,
             "seed": seed,
             "state_dtype": state_dtype,
@@ -189,7 +194,9 @@ class Lion(SignOptimizer):
         check_rates(self.param_groups)
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
         calls = [
-            None if is_special(group) else self._calls.find(g, group, grads[g], self.state)
+            None
+            if is_special(group) or group["nonfinite"] == "shrink"
+            else self._calls.find(g, group, grads[g], self.state)
             for g, group in enumerate(self.param_groups)
         ]
         if None in calls:
@@ -229,7 +236,8 @@ class Lion(SignOptimizer):
         numbers = [first + i for i in chosen]
         counts, step = list(Counts(self._nonfinite_counts, params)), self._bits_step(group)
         fused: list[int] = []
-        with fixed_padding(group, params):
+        rounding = group_rounding(group, step, numbers, states)
+        with self._around(group, params, lambda i: rounding.of(i, params[i].dtype)):
             if is_lazy(group):
                 for param, state, count, number in zip(params, states, counts, numbers, strict=True):
                     update = partial(lion_rows, group, step, count, number)

@@ -13,7 +13,7 @@ from torch import Tensor
 from danlu._common.checks import check_choice, check_real
 from danlu.kernels.sign_update import dtypes_supported
 from danlu.optim._lion_paths import blocked, compiled, multi_tensor, single_tensor
-from danlu.optim._nonfinite import NONFINITE, Nonfinite, raise_if_nonfinite
+from danlu.optim._nonfinite import STEP_NONFINITE, StepNonfinite, raise_if_nonfinite
 from danlu.optim._options import as_float, check_betas, check_lengths, check_lr
 from danlu.optim._rounding import Rounding
 from danlu.optim._traversal import kernel_test, pick, plan, prepare_call
@@ -31,7 +31,7 @@ def lion(
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
-    nonfinite: Nonfinite = "skip",
+    nonfinite: StepNonfinite = "skip",
     nonfinite_counts: Sequence[Tensor] | None = None,
     rounding: Rounding = _DEFAULT_ROUNDING,
     foreach: bool | None = None,
@@ -51,7 +51,7 @@ def lion(
         lr: $\eta$.
         betas: $(\beta_1, \beta_2)$.
         weight_decay: $\lambda$.
-        nonfinite: as in the class.
+        nonfinite: as in the class, without `"shrink"`.
         nonfinite_counts: one 0-d integer tensor per parameter, on its device, to which 1 is added when its gradient is
             not finite and `nonfinite="skip"`; None counts nothing.
         rounding: how results are rounded into float16 and bfloat16 parameters.
@@ -83,7 +83,7 @@ def lion(
     check_lr(lr)
     check_betas(betas)
     check_real("weight_decay", weight_decay, low=0.0)
-    check_choice("nonfinite", nonfinite, NONFINITE)
+    check_choice("nonfinite", nonfinite, STEP_NONFINITE)
     check_lengths({"params": params, "grads": grads, "exp_avgs": exp_avgs, "nonfinite_counts": nonfinite_counts})
     if nonfinite == "raise":
         raise_if_nonfinite({f"params[{i}]": grad for i, grad in enumerate(grads)})

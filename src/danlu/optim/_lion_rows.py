@@ -33,7 +33,7 @@ def lion_of_group(
         lr=group["lr"],
         betas=group["betas"],
         weight_decay=group["weight_decay"],
-        nonfinite="skip" if guard and group["nonfinite"] == "skip" else "off",
+        nonfinite="skip" if guard and group["nonfinite"] in ("skip", "shrink") else "off",
         nonfinite_counts=counts,
         rounding=group_rounding(group, step, numbers, states),
         foreach=group["foreach"],

@@ -10,7 +10,9 @@ from torch import Tensor
 
 __all__ = [
     "NONFINITE",
+    "STEP_NONFINITE",
     "Nonfinite",
+    "StepNonfinite",
     "all_finite",
     "counter",
     "event_counts",
@@ -23,8 +25,11 @@ __all__ = [
     "raise_where_wanted",
 ]
 
-Nonfinite = Literal["skip", "raise", "off"]
-NONFINITE: tuple[Nonfinite, ...] = ("skip", "raise", "off")
+Nonfinite = Literal["skip", "shrink", "raise", "off"]
+NONFINITE: tuple[Nonfinite, ...] = ("skip", "shrink", "raise", "off")
+# Of the functions on lists of tensors, around which the classes shrink.
+StepNonfinite = Literal["skip", "raise", "off"]
+STEP_NONFINITE: tuple[StepNonfinite, ...] = ("skip", "raise", "off")
 
 
 def is_finite(tensor: Tensor) -> bool:

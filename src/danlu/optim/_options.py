@@ -22,6 +22,7 @@ __all__ = [
     "check_real_gradients",
     "check_real_parameters",
     "check_shared_options",
+    "check_shrink",
     "check_switches",
     "checked_rate",
 ]
@@ -64,11 +65,12 @@ def check_switches(**switches: object) -> None:
             raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
-def check_shared_options(group: Mapping[str, Any], nonfinite: Sequence[str] = NONFINITE) -> None:
+def check_shared_options(group: Mapping[str, Any]) -> None:
     """Check the options of a parameter group that every optimizer has."""
     check_lr(group["lr"])
     check_real("weight_decay", group["weight_decay"], low=0.0)
-    check_choice("nonfinite", group["nonfinite"], nonfinite)
+    check_choice("nonfinite", group["nonfinite"], NONFINITE)
+    check_shrink(group)
     for name in ("foreach", "fused", "maximize", "capturable"):
         optional = name in ("foreach", "fused")
         if name in group and not (isinstance(group[name], bool) or (optional and group[name] is None)):
@@ -79,6 +81,13 @@ def check_shared_options(group: Mapping[str, Any], nonfinite: Sequence[str] = NO
     check_integer("seed", group.get("seed", 0), low=0)
     if group.get("state_dtype") not in (None, torch.float32):
         raise ValueError(f"state_dtype must be None or torch.float32, got {group['state_dtype']!r}")
+
+
+def check_shrink(group: Mapping[str, Any]) -> None:
+    """Raise unless `shrink` is in (0, 1] and `center`, where a group has one, a number."""
+    check_real("shrink", group["shrink"], low=0.0, low_open=True, high=1.0)
+    if "center" in group:
+        check_real("center", group["center"])
 
 
 def check_gradients(name: str, param_groups: Sequence[Mapping[str, Any]]) -> None:

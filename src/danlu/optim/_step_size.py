@@ -6,6 +6,7 @@ arXiv 2202.00145; "指数梯度下降 + 元学习 = 自适应学习率" (2022-03
 Shape letters: `...` any shape, the same for a parameter, its gradient and its gain.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -22,8 +23,9 @@ from danlu.optim._eg_sgd import EGSGD
 from danlu.optim._gain_steps import advance
 from danlu.optim._gains import Item, Kind, Measured, adapt_scales, items_of
 from danlu.optim._nonfinite import NONFINITE, Nonfinite, parameter_name, plain, raise_where_wanted
-from danlu.optim._options import check_real_gradients
-from danlu.optim._rounding import RoundingMode
+from danlu.optim._options import check_real_gradients, check_shrink
+from danlu.optim._padding import check_padding
+from danlu.optim._rounding import Rounding, RoundingMode
 from danlu.optim._step_size_options import check_adaptation, check_options, check_wrapped, rule_of
 
 # Pickles of earlier versions look for EGSGD here.
@@ -80,8 +82,11 @@ class EGStepSize(GroupOptimizer):
         eps: $\epsilon \ge 0$ of `"adam"`; None is $10^{-8}$.
         weight_decay: $\lambda \ge 0$; None is 0.
         nonfinite: what happens to a tensor whose gradient holds NaN or Inf. `"skip"`: it and all of its state stay as
-            they are for this step. `"raise"`: `RuntimeError` that names the parameters; no tensor is changed. `"off"`:
-            not looked for. Around an optimizer, `"skip"` waits for the device once per step.
+            they are for this step. `"shrink"`: the state stays, and the tensor becomes $c + (\theta - c)\,r$ with $c$
+            the group's `center` (0 without one) and $r$ = `shrink`. `"raise"`: `RuntimeError` that names the
+            parameters; no tensor is changed. `"off"`: not looked for. Around an optimizer, `"skip"` and `"shrink"` wait
+            for the device once per step.
+        shrink: $r \in (0, 1]$, of `nonfinite="shrink"`.
         rounding: how results are rounded into float16 and bfloat16 parameters, see [`Rounding`][danlu.optim.Rounding];
             None: stochastically for bfloat16, to nearest for float16. Around an optimizer: None, and
             the stretched step is rounded to nearest.
@@ -137,7 +142,9 @@ class EGStepSize(GroupOptimizer):
         {"param_groups[0]['params'][0]": 1.0039}
     """
 
-    _copied: ClassVar[tuple[str, ...]] = (*GroupOptimizer._copied, "_shared", "_nonfinite", "_kind", "inner")
+    _copied: ClassVar[tuple[str, ...]] = (*GroupOptimizer._copied, "_shared", "_nonfinite", "_shrink", "_kind", "inner")
+    # Pickles of earlier versions lack it.
+    _shrink = 0.99
 
     def __init__(
         self,
@@ -159,6 +166,7 @@ class EGStepSize(GroupOptimizer):
         eps: float | None = None,
         weight_decay: float | None = None,
         nonfinite: Nonfinite = "skip",
+        shrink: float = 0.99,
         rounding: RoundingMode | None = None,
         seed: int | None = None,
         foreach: bool | None = None,
@@ -189,8 +197,9 @@ class EGStepSize(GroupOptimizer):
         }
         check_choice("scale_scope", scale_scope, ("tensor", "global"))
         check_choice("nonfinite", nonfinite, NONFINITE)
+        check_shrink({"shrink": shrink})
         self._shared = scale_scope == "global"
-        self._nonfinite = nonfinite
+        self._nonfinite, self._shrink = nonfinite, shrink
         self.inner: Optimizer | None = inner if isinstance(inner, Optimizer) else None
         if isinstance(inner, Optimizer):
             check_wrapped(inner, params, of_inner)
@@ -221,7 +230,7 @@ class EGStepSize(GroupOptimizer):
                 of_inner[name] = value
         self._kind = inner
         # Calls of `step`: part of the checkpoint, since the bits of stochastic rounding depend on it.
-        defaults = {**of_inner, **own, "nonfinite": nonfinite, "step": 0}
+        defaults = {**of_inner, **own, "nonfinite": nonfinite, "shrink": shrink, "step": 0}
         self._check_group(defaults)
         super().__init__(params, defaults)
 
@@ -268,6 +277,7 @@ class EGStepSize(GroupOptimizer):
         else:
             # Under construction: the inner optimizer's groups get our options.
             Optimizer.add_param_group(self, param_group)
+        check_padding(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of both optimizers; entries of the inner one begin with `inner.`."""
@@ -310,7 +320,11 @@ class EGStepSize(GroupOptimizer):
         raise_where_wanted(self.param_groups, self._nonfinite if self.inner is not None else None)
         if self.inner is not None:
             items = [item for group in self.param_groups for item in self._items(group)]
-            wrapped_step(self.inner, items, self._adapt_scales, hide_bad=self._nonfinite == "skip")
+            hide_bad = self._nonfinite in ("skip", "shrink")
+            with contextlib.ExitStack() as around:
+                for group in self.param_groups:
+                    around.enter_context(self._around_wrapped(group))
+                wrapped_step(self.inner, items, self._adapt_scales, hide_bad=hide_bad)
             return loss
         batches: list[list[Item]] = []
         number = 0
@@ -318,16 +332,34 @@ class EGStepSize(GroupOptimizer):
             batches.append(self._items(group, number))
             number += len(group["params"])
             group["step"] += 1
-        if self._shared:
-            first = self.param_groups[0]
-            items = list(chain.from_iterable(batches))
-            before = self._all_scales()
-            advance(items, foreach=first["foreach"], fused=first["fused"], shared=True)
-            self._share_scale(before)
-        else:
+        with contextlib.ExitStack() as around:
+            for group, items in zip(self.param_groups, batches, strict=True):
+                params, writers = [item.param for item in items], [item.writer for item in items]
+                around.enter_context(self._around(group, params, writers.__getitem__))
+            self._advance(batches)
+        return loss
+
+    def _advance(self, batches: Sequence[Sequence[Item]]) -> None:
+        """The step of all tensors, which are listed by group."""
+        if not self._shared:
             for group, items in zip(self.param_groups, batches, strict=True):
                 advance(items, foreach=group["foreach"], fused=group["fused"], shared=False)
-        return loss
+            return
+        first = self.param_groups[0]
+        before = self._all_scales()
+        everything = list(chain.from_iterable(batches))
+        advance(everything, foreach=first["foreach"], fused=first["fused"], shared=True)
+        self._share_scale(before)
+
+    def _around_wrapped(self, group: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """`_around` for a group of the inner optimizer, whose options of these names are its own."""
+        params = [param for param in group["params"] if param.grad is not None]
+        nearest = Rounding("nearest")
+        return self._around(
+            {**group, "nonfinite": self._nonfinite, "shrink": self._shrink},
+            params,
+            lambda i: nearest.of(i, params[i].dtype),
+        )
 
     def _items(self, group: Mapping[str, Any], number: int | None = None) -> list[Item]:
         rule = rule_of(self._kind, group if self.inner is None else {**self.defaults, **group})

@@ -68,6 +68,6 @@ def rule_of(kind: Kind, group: Mapping[str, Any]) -> Rule:
         scale_range=tuple(group["scale_range"]),
         normalize_scale=group["normalize_scale"],
         sign_gain=group["sign_gain"],
-        guard=kind != "wrapped" and group["nonfinite"] == "skip",
+        guard=kind != "wrapped" and group["nonfinite"] in ("skip", "shrink"),
         **numbers,
     )

@@ -8,7 +8,7 @@ Shape letters: `...` any shape, the same for a parameter, its gradient and its m
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.optim._cycle import new_cycle
 from danlu.optim._in_backward import data_parallel_model
 from danlu.optim._lazy_rows import check_lazy, warn_if_lazy_is_idle
+from danlu.optim._nonfinite import Nonfinite
 from danlu.optim._options import check_beta, check_shared_options, check_switches
 from danlu.optim._param_groups import KINDS, parameter_groups
 from danlu.optim._rounding import RoundingMode
@@ -27,9 +28,6 @@ from danlu.optim._stale_momentum import check_deadzone
 from danlu.optim._tiger_steps import TigerSteps
 
 __all__ = ["Tiger"]
-
-TigerNonfinite = Literal["shrink", "skip", "raise", "off"]
-_NONFINITE = ("shrink", "skip", "raise", "off")
 
 
 class Tiger(TigerSteps):
@@ -168,7 +166,7 @@ class Tiger(TigerSteps):
         grad_accum_steps: int = 1,
         average: bool = True,
         shrink: float = 0.99,
-        nonfinite: TigerNonfinite = "shrink",
+        nonfinite: Nonfinite = "shrink",
         shrink_noise: float = 0.0,
         rms_floor: float = 1e-3,
         vector_scale: float = 0.5,
@@ -243,14 +241,12 @@ class Tiger(TigerSteps):
         self._connect(model)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        check_shared_options(group, _NONFINITE)
+        check_shared_options(group)
         check_beta("beta", group["beta"])
         check_integer("grad_accum_steps", group["grad_accum_steps"], low=1)
-        check_real("shrink", group["shrink"], low=0.0, low_open=True, high=1.0)
         check_real("shrink_noise", group["shrink_noise"], low=0.0)
         check_real("rms_floor", group["rms_floor"], low=0.0)
         check_real("vector_scale", group["vector_scale"], low=0.0, low_open=True)
-        check_real("center", group["center"])
         check_lazy(group)
         check_deadzone(group["sign_deadzone"])
         if group["tensor_clip_norm"] is not None:

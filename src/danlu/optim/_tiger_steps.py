@@ -14,9 +14,10 @@ from danlu._common.checks import check_real
 from danlu.optim._base import loss_of
 from danlu.optim._cycle import begin_cycle, check_cycle, running_cycle
 from danlu.optim._in_backward import BackwardHooks, refuse_local_gradients
-from danlu.optim._lazy_rows import fixed_padding, is_lazy, is_special
+from danlu.optim._lazy_rows import is_lazy, is_special
 from danlu.optim._nonfinite import Counts, parameter_name, raise_where_wanted
 from danlu.optim._options import as_float, check_layouts, check_rates, check_real_parameters
+from danlu.optim._padding import fixed_padding
 from danlu.optim._param_groups import DECAYED, KINDS, kind_by_shape
 from danlu.optim._row_steps import dense, settle
 from danlu.optim._sign_optimizer import SignOptimizer
