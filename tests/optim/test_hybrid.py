@@ -227,3 +227,41 @@ def test_a_refused_group_leaves_no_trace(what):
     assert torch.equal(r, torch.ones(2, 2))
     torch.testing.assert_close(p.detach(), torch.full((2, 2), 0.9), rtol=0, atol=2e-3)
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_bad_gradients_are_counted_by_name():
+    net = model()
+    optimizer = HybridOptimizer(net, {"embedding": (Lion, {"lr": 1e-3}), "default": (Tiger, {"lr": 1e-3})})
+    for param in net.parameters():
+        param.grad = torch.zeros_like(param)
+    net[0].weight.grad[0, 0] = float("nan")
+    net[3].bias.grad[1] = float("inf")
+    assert optimizer.nonfinite_events == {}
+    optimizer.step()
+    assert optimizer.nonfinite_events == {"0.weight": 1, "3.bias": 1}
+    with_adam = HybridOptimizer(net, RULES)
+    assert with_adam.nonfinite_events == {}
+
+
+def test_rows_are_marked_in_the_optimizer_that_has_them():
+    net = model()
+    rules = {"embedding": (Lion, {"lr": 1e-3, "lazy": True}), "default": (torch.optim.AdamW, {"lr": 1e-3})}
+    optimizer = HybridOptimizer(net, rules)
+    before = net[0].weight.detach().clone()
+    net[0].weight.grad = torch.ones_like(before)
+    optimizer.mark_rows(net[0].weight, torch.tensor([2, 5]))
+    optimizer.step()
+    assert (net[0].weight != before).any(1).nonzero()[:, 0].tolist() == [2, 5]
+    with pytest.raises(ValueError, match="updated by AdamW, which has no lazy rows"):
+        optimizer.mark_rows(net[1].weight, torch.tensor([0]))
+    with pytest.raises(ValueError, match="not a parameter of this optimizer"):
+        optimizer.mark_rows(nn.Parameter(torch.ones(3, 2)), torch.tensor([0]))
+
+
+def test_embeddings_are_watched_in_the_optimizer_that_watches():
+    net = model()
+    optimizer = HybridOptimizer(net, {"embedding": (Lion, {"lr": 1e-3}), "default": (torch.optim.AdamW, {"lr": 1e-3})})
+    net[0].weight.grad = torch.zeros_like(net[0].weight)
+    with pytest.warns(UserWarning, match="lazy"):
+        found = [optimizer.check_embeddings() for _ in range(101)]
+    assert [names for names in found if names] == [["0.weight"]]

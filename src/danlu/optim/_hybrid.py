@@ -11,13 +11,15 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from danlu._common.checks import check_choice
 from danlu.optim._base import loss_of
+from danlu.optim._nonfinite import event_counts
 from danlu.optim._padding import check_padding, fixed_padding
 from danlu.optim._param_groups import KINDS, parameter_groups
+from danlu.optim._sign_optimizer import SignOptimizer
 
 __all__ = ["HybridOptimizer"]
 
@@ -39,7 +41,8 @@ class HybridOptimizer(Optimizer):
             `{"embedding": (AdamW, {"lr": 1e-3}), "default": (Tiger, {"lr": 2e-3})}`.
 
     Returns:
-        From `step`: what the closure returned, or None. The closure is called once.
+        From `step`: what the closure returned, or None. The closure is called once. `nonfinite_events`, `mark_rows` and
+        `check_embeddings` are those of the optimizers that have them.
 
     Raises:
         TypeError: a rule is not a pair of an optimizer's class and a dictionary.
@@ -135,6 +138,30 @@ class HybridOptimizer(Optimizer):
             if part is not None:
                 part.param_groups.pop()
             raise
+
+    @property
+    def nonfinite_events(self) -> dict[str, int]:
+        """How many gradients were bad so far, by parameter name, for the optimizers that count them."""
+        counts: dict[Tensor, Tensor] = {}
+        for part in self._parts.values():
+            counts |= getattr(part, "_nonfinite_counts", {})
+        return event_counts(self.param_groups, counts)
+
+    def mark_rows(self, param: Tensor, token_ids: Tensor) -> None:
+        """Say which rows of a lazy parameter the next `step` touches, see [`Lion`][danlu.optim.Lion.mark_rows]."""
+        owners = (
+            part for part in self._parts.values() for group in part.param_groups for p in group["params"] if p is param
+        )
+        part = next(owners, None)
+        if not isinstance(part, SignOptimizer):
+            reason = "not a parameter of this optimizer" if part is None else f"updated by {type(part).__name__}"
+            raise ValueError(f"param of shape {tuple(param.shape)} is {reason}, which has no lazy rows")
+        part.mark_rows(param, token_ids)
+
+    def check_embeddings(self) -> list[str]:
+        """Warn of embeddings whose rows mostly get no gradient, see [`Lion`][danlu.optim.Lion.check_embeddings]."""
+        parts = self._parts.values()
+        return [name for part in parts if isinstance(part, SignOptimizer) for name in part.check_embeddings()]
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_rules": self._rules, "_parts": self._parts}
