@@ -325,7 +325,8 @@ class TigerSteps(SignOptimizer):
             warnings.warn(
                 f"the RMS of these parameters is below rms_floor, which is used instead (with rms_floor=0, as in the "
                 f"original, a zero tensor never moves): {listed}",
-                stacklevel=3,
+                # The line that calls `step`, past the two wrappers of torch.
+                stacklevel=5,
             )
 
     def _check_step(self) -> None:
