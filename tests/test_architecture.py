@@ -45,6 +45,7 @@ NO_TRIAL = {
     "diagnostics/embedding_health": "a metric; the trial embedding_anomaly reports what it finds",
     "losses/ground_cost": "the costs of losses/emo",
     "losses/margin_softmax": "a matter of faces and open-set search, for which there are no data here",
+    "losses/linear_sparse_softmax": "the loss of an arm of losses/fenchel_young on a linear head",
     "losses/sparse_softmax": "an arm of the trial losses/fenchel_young",
     "losses/linear": "an engine; its losses have trials",
     "losses/subset": "the sum over subsets of simplex/soft_topk as a loss; that trial compares the maps",

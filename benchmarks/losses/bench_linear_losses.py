@@ -1,8 +1,8 @@
-"""EMO and TaiLr of a linear head beside torch's chunked cross entropy and the authors' dense EMO: time and peak memory.
+"""Losses of a linear head beside torch's chunked cross entropy and the authors' dense EMO: time and peak memory.
 
 N = 2048 rows, D = 512, V = 32000, float32, one thread, forward and backward, the same chunk for all. Every peak is
 measured in a fresh process, above the inputs and the cost embedding; times are interleaved in one process. The floors
-are the matrix products alone: three, and with the costs four.
+are the matrix products alone: three, with the costs four, and one for sparse softmax.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from _measure import PeakMemory, in_fresh_process, interleave, run_tests, save, show, summary
-from danlu.losses import emo_loss, linear_emo_loss, linear_tailr_loss
+from danlu.losses import emo_loss, linear_emo_loss, linear_sparse_softmax_loss, linear_tailr_loss
 
 ROWS, FEATURES, CLASSES, CHUNK, ROUNDS = 2048, 512, 32_000, 256, 5
 REFERENCE = "torch linear_cross_entropy"
@@ -43,6 +43,10 @@ def tailr(hidden, weight, target, frozen):
     linear_tailr_loss(hidden, weight, target, chunk_size=CHUNK).backward()
 
 
+def sparse_softmax(hidden, weight, target, frozen):
+    linear_sparse_softmax_loss(hidden, weight, target, chunk_size=CHUNK).backward()
+
+
 def emo_of_the_head(hidden, weight, target, frozen):
     linear_emo_loss(hidden, weight, target, cost_embedding="head", chunk_size=CHUNK).backward()
 
@@ -63,6 +67,14 @@ def official_emo(hidden, weight, target, frozen):
     EMOLoss(logits, target[None], frozen, mode=1).backward()
 
 
+def one_product(hidden, weight, target, frozen):
+    """The floor of a loss without a dense gradient."""
+    with torch.no_grad():
+        buffer = torch.empty(CHUNK, CLASSES)
+        for start in range(0, ROWS, CHUNK):
+            torch.mm(hidden[start : start + CHUNK], weight.t(), out=buffer)
+
+
 def products(hidden, weight, target, frozen, *, costs=False):
     """The floor: the matrix products of one pass, in chunks, and nothing else."""
     with torch.no_grad():
@@ -80,10 +92,12 @@ def products(hidden, weight, target, frozen, *, costs=False):
 CANDIDATES = {
     REFERENCE: torch_chunked,
     "danlu linear_tailr_loss": tailr,
+    "danlu linear_sparse_softmax_loss": sparse_softmax,
     "danlu linear_emo_loss, head": emo_of_the_head,
     "danlu linear_emo_loss, copy": emo_of_a_copy,
     "danlu emo_loss, dense": dense_emo,
     "EMOLoss 0.0.3, dense": official_emo,
+    "floor: one product": one_product,
     "floor: three products": products,
     "floor: four products": partial(products, costs=True),
 }
@@ -115,7 +129,9 @@ def exactness() -> dict[str, float]:
 
 
 def main() -> None:
-    run_tests("tests/losses/test_linear.py", "tests/losses/test_ground_cost.py")
+    run_tests(
+        "tests/losses/test_linear.py", "tests/losses/test_ground_cost.py", "tests/losses/test_linear_sparse_softmax.py"
+    )
     torch.set_num_threads(1)
     flops = 2 * ROWS * FEATURES * CLASSES
     print(f"{3 * flops / 1e9:.0f} GFLOP for cross entropy and TaiLr, {4 * flops / 1e9:.0f} for EMO")

@@ -23,7 +23,7 @@ from danlu.losses import (
     mixce_loss,
     tailr_loss,
 )
-from danlu.losses._linear import _default_chunk
+from danlu.losses._linear import default_chunk
 
 ROWS, FEATURES, CLASSES = 65, 6, 11
 
@@ -561,12 +561,12 @@ def test_agrees_on_the_gpu(loss, reduction, dtype):
         assert difference.norm() <= tolerance * theirs.detach().double().norm()
 
 
-def test_default_chunk_size():
-    assert _default_chunk(2048, 512, 32000) == 256
-    assert _default_chunk(16384, 4096, 128256) == 2048
-    assert _default_chunk(10, 512, 32000) == 10
-    assert _default_chunk(100_000, 64, 100) == 65536
-    assert _default_chunk(0, 8, 8) == 1
+def testdefault_chunk_size():
+    assert default_chunk(2048, 512, 32000) == 256
+    assert default_chunk(16384, 4096, 128256) == 2048
+    assert default_chunk(10, 512, 32000) == 10
+    assert default_chunk(100_000, 64, 100) == 65536
+    assert default_chunk(0, 8, 8) == 1
 
 
 @pytest.mark.parametrize(

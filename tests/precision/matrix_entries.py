@@ -186,6 +186,9 @@ OPERATIONS: dict[str, Operation] = {
     "losses.SparseSoftmaxLoss": Operation(lambda z: losses.SparseSoftmaxLoss(k=3)(z, TARGET), ((6, 7),)),
     "losses.SparsemaxLoss": Operation(lambda z: losses.SparsemaxLoss()(z, TARGET), ((6, 7),)),
     "losses.entmax_loss": Operation(lambda z: losses.entmax_loss(z, TARGET), ((6, 7),)),
+    "losses.linear_sparse_softmax_loss": linear(
+        lambda h, w: losses.linear_sparse_softmax_loss(h, w, TARGET, k=3, chunk_size=4)
+    ),
     "losses.linear_margin_softmax_loss": linear(
         lambda h, w: losses.linear_margin_softmax_loss(h, w, TARGET, temperature=0.5, chunk_size=4)
     ),

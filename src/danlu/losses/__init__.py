@@ -8,6 +8,7 @@ from danlu.losses._generalized_cross_entropy import GeneralizedCE, MixCE, genera
 from danlu.losses._global_pointer import global_pointer_loss
 from danlu.losses._gradient_penalty import GradientPenalty, input_gradient_penalty, parameter_gradient_penalty
 from danlu.losses._linear import LinearStats, linear_loss
+from danlu.losses._linear_sparse_softmax import linear_sparse_softmax_loss
 from danlu.losses._margin_softmax import MarginSoftmaxLoss, linear_margin_softmax_loss, margin_softmax_loss
 from danlu.losses._multilabel import multilabel_cross_entropy
 from danlu.losses._row_loss import CrossEntropy, RowFunction
@@ -39,6 +40,7 @@ __all__ = [
     "linear_emo_loss",
     "linear_loss",
     "linear_margin_softmax_loss",
+    "linear_sparse_softmax_loss",
     "linear_tailr_loss",
     "margin_softmax_loss",
     "mixce_loss",

@@ -19,7 +19,7 @@ from danlu.losses._prepared import Prepared
 from danlu.losses._row_loss import is_row_loss, is_transport_loss
 from danlu.losses._targets import check_range, check_row_values, check_targets
 
-__all__ = ["LinearStats", "linear_loss"]
+__all__ = ["LinearStats", "check_head", "default_chunk", "linear_loss", "product_dtype"]
 
 
 class LinearStats(NamedTuple):
@@ -211,7 +211,7 @@ def linear_loss(
         >>> linear_loss(hidden, head, torch.tensor([1, 2, -100]), TaiLr(gamma=1.0)).item()
         0.8999999761581421
     """
-    _check_tensors(input, linear_weight, linear_bias, target)
+    check_head(input, linear_weight, linear_bias, target)
     of_rows = is_row_loss(loss) or is_transport_loss(loss)
     if isinstance(loss, type) or not (callable(loss) or of_rows):
         found = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
@@ -239,7 +239,7 @@ def linear_loss(
     plan = Plan(
         loss,
         _chunk(chunk_size, memory_budget, count, input.shape[-1], classes, loss),
-        _compute_dtype(input, linear_weight, autocast),
+        product_dtype(input, linear_weight, autocast),
         float(smoothing),
         float(logit_scale),
         softcap,
@@ -286,7 +286,8 @@ def linear_loss(
     return value, stats
 
 
-def _check_tensors(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> None:
+def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> None:
+    """Raise unless the hidden states, the head and the targets fit each other."""
     check_targets("input", input, target)
     check_floating("linear_weight", linear_weight)
     for name, tensor in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
@@ -326,18 +327,19 @@ def _chunk(
         buffers = 2 if is_transport_loss(loss) and loss.ground_cost.table() is None else 1
         size = 2 ** int(math.log2(max(1, memory_budget // (4 * buffers * classes))))
     elif chunk_size is None:
-        size = _default_chunk(count, features, classes)
+        size = default_chunk(count, features, classes)
     else:
         size = check_integer("chunk_size", chunk_size, low=1)
     return min(size, max(1, count))
 
 
-def _default_chunk(count: int, features: int, classes: int) -> int:
+def default_chunk(count: int, features: int, classes: int) -> int:
+    """Rows of a chunk that balance it against the weight's gradient."""
     wanted = max(features / 2, count * features / max(1, classes))
     return max(1, min(count, 2 ** math.ceil(math.log2(max(1.0, wanted)))))
 
 
-def _compute_dtype(input: Tensor, linear_weight: Tensor, autocast: bool) -> torch.dtype:
+def product_dtype(input: Tensor, linear_weight: Tensor, autocast: bool) -> torch.dtype:
     """Dtype of the matrix products."""
     if autocast and input.device.type != "cpu":
         return torch.get_autocast_dtype(input.device.type)

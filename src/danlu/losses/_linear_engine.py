@@ -19,7 +19,7 @@ from danlu.losses._ground_cost import CostRows
 from danlu.losses._prepared import Grads, Prepared
 from danlu.losses._row_loss import RowLoss, TransportRowLoss, is_row_loss, is_transport_loss
 
-__all__ = ["LinearLoss", "Plan", "TokenLoss"]
+__all__ = ["LinearLoss", "Plan", "TokenLoss", "write_logits"]
 
 TokenLoss = RowLoss | TransportRowLoss | Callable[[Tensor, Tensor], Tensor]
 _INSTEAD = "take the loss of F.linear(input, linear_weight)"
@@ -242,21 +242,21 @@ def _products(
     if costs is None or costs.table is not None:
         if costs is not None:
             costs.start(target, None)
-        return _mm(states, head, offset, buffer[:count])
+        return write_logits(states, head, offset, buffer[:count])
     queries = costs.queries(target)
     both = buffer[: count + queries.shape[0]]
     if costs.is_head:
-        _mm(torch.cat((states, queries)), head, None, both)
+        write_logits(torch.cat((states, queries)), head, None, both)
         if offset is not None:
             both[:count].add_(offset)
     else:
-        _mm(states, head, offset, both[:count])
-        _mm(queries, costs.embedding, None, both[count:])
+        write_logits(states, head, offset, both[:count])
+        write_logits(queries, costs.embedding, None, both[count:])
     costs.start(target, both[count:])
     return both[:count]
 
 
-def _mm(states: Tensor, head: Tensor, offset: Tensor | None, out: Tensor) -> Tensor:
+def write_logits(states: Tensor, head: Tensor, offset: Tensor | None, out: Tensor) -> Tensor:
     if states.dtype != out.dtype:
         out.copy_(torch.mm(states, head.t()))
         return out if offset is None else out.add_(offset)
