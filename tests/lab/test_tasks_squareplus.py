@@ -53,6 +53,20 @@ def test_the_arms_differ_in_the_activation_only():
     assert models["learned_squareplus"][1].raw.requires_grad
 
 
+def test_the_convolutions():
+    models = {name: start(options(activation=name, network="cnn", channels=3)).model for name in _ACTIVATIONS}
+    kinds = [type(layer) for layer in models["squareplus"]]
+    assert kinds == [nn.Unflatten, nn.Conv2d, SquarePlus, nn.Conv2d, SquarePlus, nn.Flatten, nn.Linear]
+    assert models["relu"](torch.zeros(2, 64)).shape == (2, 10)
+    for model in models.values():
+        for place in (1, 3, 6):
+            assert torch.equal(model[place].weight, models["relu"][place].weight)
+    fit = start(options(network="cnn", channels=3))
+    before = [p.detach().clone() for p in fit.model.parameters()]
+    fit.step(0)
+    assert not any(torch.equal(a, b) for a, b in zip(before, fit.model.parameters(), strict=True))
+
+
 def test_metrics_of_a_constructed_model():
     chosen = options()
     fit = start(chosen)
@@ -74,12 +88,14 @@ def test_metrics_of_a_constructed_model():
 def test_bad_options():
     with pytest.raises(TrialError, match="unknown activation 'swish'; known: relu"):
         start(options(activation="swish"))
+    with pytest.raises(TrialError, match="network must be 'mlp' or 'cnn', got 'rnn'"):
+        start(options(network="rnn"))
 
 
 @pytest.mark.trial
 def test_trial_runs_at_ci_size(tmp_path):
     with Store(tmp_path) as store:
         outcome = run_trial("squareplus", size="ci", store=store)
-    assert len(outcome.arms) == 7
+    assert len(outcome.arms) == 12
     for arm in outcome.arms:
         assert {"accuracy", "negative_log_likelihood", "milliseconds_per_step"} <= arm.metrics.keys()

@@ -32,9 +32,11 @@ _ACTIVATIONS: Mapping[str, Callable[[float], nn.Module]] = {
 
 @dataclass(frozen=True)
 class ActivationDigits:
-    """8x8 digits, a network 64-width-width-10, batches with replacement of `batch_size`; the split is drawn by seed.
+    """8x8 digits, batches with replacement of `batch_size`; the split is drawn by seed.
 
-    `activation` names the function and `b` is the width of SquarePlus's bend, where "learned_squareplus" begins.
+    The `network` is "mlp", of layers 64-width-width-10, or "cnn": 3x3 convolutions to `channels` and, by strides of
+    two, to twice as many, and a linear layer. `activation` names the function and `b` is the width of SquarePlus's
+    bend, where "learned_squareplus" begins.
 
     Metrics: `accuracy`, `negative_log_likelihood` (nats), and `milliseconds_per_step`, the median over the steps of
     the thread's time on its processor. The last is a measurement, which does not repeat to the last bit.
@@ -48,7 +50,8 @@ class ActivationDigits:
     @property
     def fit_options(self) -> Options:
         """Options of the fit."""
-        own: dict[str, Scalar] = {"activation": "relu", "b": 4.0, "width": 256, "batch_size": 100, "device": "cpu"}
+        own: dict[str, Scalar] = {"activation": "relu", "b": 4.0, "network": "mlp", "width": 256}
+        own |= {"channels": 16, "batch_size": 100, "device": "cpu"}
         return {**OPTIMIZER_OPTIONS, **own}
 
     @property
@@ -69,13 +72,9 @@ class ActivationDigits:
         data = digits(seed=seed, train=_TRAIN, validation=_VALIDATION)
         device = training_device(options)
         images, labels = (torch.from_numpy(a).to(device) for a in (data.train_inputs, data.train_targets))
-        width, batch_size = int(options["width"]), int(options["batch_size"])
+        batch_size = int(options["batch_size"])
         torch.manual_seed(seed)
-        sizes = (64, width, width)
-        layers: list[nn.Module] = []
-        for size in sizes[:-1]:
-            layers += [nn.Linear(size, width), _ACTIVATIONS[name](float(options["b"]))]
-        model = nn.Sequential(*layers, nn.Linear(width, 10)).to(device)
+        model = _network(options, lambda: _ACTIVATIONS[name](float(options["b"]))).to(device)
 
         def loss(step: int) -> Tensor:
             rows = torch.randint(len(images), (batch_size,), generator=generator("batch", seed, step))
@@ -103,6 +102,19 @@ class ActivationDigits:
             "negative_log_likelihood": float(F.cross_entropy(logits, labels)),
             "milliseconds_per_step": statistics.median(times) if times else 0.0,
         }
+
+
+def _network(options: Options, activation: Callable[[], nn.Module]) -> nn.Sequential:
+    if options["network"] == "mlp":
+        width = int(options["width"])
+        layers: list[nn.Module] = [nn.Linear(64, width), activation(), nn.Linear(width, width), activation()]
+        return nn.Sequential(*layers, nn.Linear(width, 10))
+    if options["network"] != "cnn":
+        raise TrialError(f"network must be 'mlp' or 'cnn', got {options['network']!r}")
+    channels = int(options["channels"])
+    layers = [nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, channels, 3, padding=1), activation()]
+    layers += [nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1), activation(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(2 * channels * 16, 10))
 
 
 class _Fit(GradientFit):

@@ -5,21 +5,29 @@ from danlu.lab.trial import Arm, Budget, Comparison, Scalar, Trial
 
 _RATES = tuple({"lr": rate} for rate in (0.001, 0.002, 0.004, 0.008, 0.016, 0.0005))
 _METHOD = "danlu.activations.squareplus"
+_OTHERS = ("relu", "softplus", "gelu", "silu")
 
 
-def _arm(activation: str, b: float = 4.0) -> Arm:
-    options: dict[str, Scalar] = {"activation": activation, "b": b}
+def _arm(activation: str, b: float = 4.0, network: str = "mlp") -> Arm:
+    options: dict[str, Scalar] = {"activation": activation, "b": b, "network": network}
     return Arm(options=options, grid=_RATES, method=_METHOD if "squareplus" in activation else "")
 
 
-def _no_worse(baseline: str) -> Comparison:
-    return Comparison(candidate="squareplus", baseline=baseline, metric="accuracy", better="higher", margin=0.01)
+def _no_worse(baseline: str, network: str = "") -> Comparison:
+    candidate, baseline = f"squareplus{network}", f"{baseline}{network}"
+    return Comparison(candidate=candidate, baseline=baseline, metric="accuracy", better="higher", margin=0.01)
+
+
+def _faster(network: str = "") -> Comparison:
+    candidate, baseline = f"squareplus{network}", f"softplus{network}"
+    return Comparison(candidate=candidate, baseline=baseline, metric="milliseconds_per_step", better="lower")
 
 
 TRIAL = Trial(
     claim=(
-        "On digits a network with SquarePlus is as accurate as with ReLU, softplus, GELU and SiLU (within 0.01), and a "
-        "training step takes less time than with softplus, because nothing takes an exponential."
+        "On digits networks of linear layers and of convolutions with SquarePlus are as accurate as with ReLU, "
+        "softplus, GELU and SiLU (within 0.01), and a training step takes less time than with softplus, because "
+        "nothing takes an exponential."
     ),
     source="“SquarePlus：可能是运算最简单的ReLU光滑近似” (2021-12-29); arXiv 2112.11687",
     equation=r"y=\frac{x+\sqrt{x^2+b}}{2},\qquad y'=\frac{y^2}{y^2+b/4}",
@@ -32,14 +40,17 @@ TRIAL = Trial(
         "squareplus": _arm("squareplus"),
         "squareplus_like_softplus": _arm("squareplus", 1.5238210),
         "learned_squareplus": _arm("learned_squareplus"),
+        **{f"{name}_cnn": _arm(name, network="cnn") for name in (*_OTHERS, "squareplus")},
     },
     decides=(
-        *(_no_worse(baseline) for baseline in ("relu", "softplus", "gelu", "silu")),
-        Comparison(candidate="squareplus", baseline="softplus", metric="milliseconds_per_step", better="lower"),
+        *(_no_worse(baseline) for baseline in _OTHERS),
+        _faster(),
+        *(_no_worse(baseline, "_cnn") for baseline in _OTHERS),
+        _faster("_cnn"),
     ),
     selects=("negative_log_likelihood", "lower"),
     sizes={
-        "ci": Budget(steps=20, seeds=3, grid=2, options={"width": 32}),
+        "ci": Budget(steps=20, seeds=3, grid=2, options={"width": 32, "channels": 4}),
         "demo": Budget(steps=300, seeds=5),
         "report": Budget(steps=450, seeds=8, tuning_seeds=2),
     },
