@@ -561,7 +561,7 @@ def test_agrees_on_the_gpu(loss, reduction, dtype):
         assert difference.norm() <= tolerance * theirs.detach().double().norm()
 
 
-def testdefault_chunk_size():
+def test_default_chunk_size():
     assert default_chunk(2048, 512, 32000) == 256
     assert default_chunk(16384, 4096, 128256) == 2048
     assert default_chunk(10, 512, 32000) == 10

@@ -8,6 +8,7 @@ from torch import Tensor
 
 __all__ = [
     "broadcasts_to",
+    "check_bool",
     "check_choice",
     "check_dim",
     "check_floating",
@@ -29,6 +30,13 @@ def check_floating(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got dtype {tensor.dtype}")
+
+
+def check_bool(name: str, tensor: object, true_means: str) -> None:
+    """Raise `TypeError` unless `tensor` is a boolean tensor; the message says what True means in it."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a bool tensor with True = {true_means}, got {kind}")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:

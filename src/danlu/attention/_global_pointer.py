@@ -12,7 +12,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from danlu._common.checks import check_floating, check_integer, check_real, check_same_device, is_low_precision
+from danlu._common.checks import (
+    check_bool,
+    check_floating,
+    check_integer,
+    check_real,
+    check_same_device,
+    is_low_precision,
+)
 from danlu.positions import RotaryEmbedding
 
 __all__ = ["EfficientGlobalPointer", "GlobalPointer", "decode_spans"]
@@ -273,9 +280,7 @@ def _check_sizes(hidden_size: int, num_types: int, head_size: int) -> None:
 def _check_mask(mask: Tensor | None, shape: tuple[int, int], like: Tensor) -> None:
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor with True = real, got {kind}")
+    check_bool("mask", mask, "real")
     if tuple(mask.shape) != shape:
         raise ValueError(f"mask must have shape (B, n) = {shape}, got {tuple(mask.shape)}")
     check_same_device(input=like, mask=mask)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from danlu._common.checks import broadcasts_to, check_floating, check_real, check_same_device
+from danlu._common.checks import broadcasts_to, check_bool, check_floating, check_real, check_same_device
 
 __all__ = [
     "attend",
@@ -42,9 +42,7 @@ def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
     """Raise unless `mask` is None or a boolean tensor (B, N) on the keys' device."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"key_padding_mask must be a bool tensor with True = visible, got {kind}")
+    check_bool("key_padding_mask", mask, "visible")
     wanted = (key.shape[0], key.shape[2])
     if tuple(mask.shape) != wanted:
         raise ValueError(f"key_padding_mask must have shape (B, N) = {wanted}, got {tuple(mask.shape)}")
@@ -55,9 +53,7 @@ def check_attn_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
     """Raise unless `mask` is None or a boolean tensor that broadcasts to (B, H, M, N)."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"attn_mask must be a bool tensor with True = visible, got {kind}")
+    check_bool("attn_mask", mask, "visible")
     wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     given = tuple(mask.shape)
     if not broadcasts_to(given, wanted):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from danlu._common.checks import (
+    check_bool,
     check_choice,
     check_floating,
     check_integer,
@@ -86,9 +87,8 @@ def symmetric_kl(
         )
     check_choice("kind", kind, ("bernoulli", "softmax"))
     check_reduction(reduction, normalizer)
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
-        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor with True = counts, got {found}")
+    if mask is not None:
+        check_bool("mask", mask, "counts")
     check_same_device(input=input, other=other, mask=mask)
     dtype = torch.promote_types(input.dtype, other.dtype)
     dtype = torch.float32 if is_low_precision(dtype) else dtype

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from danlu._common.checks import check_floating, check_real, check_same_device, is_low_precision
+from danlu._common.checks import check_bool, check_floating, check_real, check_same_device, is_low_precision
 from danlu._common.reduction import Reduction, check_reduction
 from danlu.losses._global_pointer_engine import Plan, SpanLoss
 from danlu.losses._multilabel import refuse_where
@@ -154,9 +154,7 @@ def _check(
     if spans.ndim != 2 or spans.shape[1] != 4:
         raise ValueError(f"spans must have shape (S, 4): sample, type, first, last; got {tuple(spans.shape)}")
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor with True = real, got {kind}")
+        check_bool("mask", mask, "real")
         if mask.shape != (samples, tokens):
             raise ValueError(f"mask must have shape (B, n) = {(samples, tokens)}, got {tuple(mask.shape)}")
     check_same_device(query=query, key=key, spans=spans, mask=mask, start_bias=start_bias, end_bias=end_bias)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danlu.losses._prepared import Grads, Prepared
+from danlu.losses._prepared import Grads, Prepared, refusal
 
 __all__ = ["Plan", "SpanLoss"]
 
@@ -61,13 +61,8 @@ class SpanLoss(torch.autograd.Function):
         )
         return (*grads, None, None, None, None, None)
 
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
-        raise RuntimeError(f"global_pointer_loss has no forward-mode derivative; {_INSTEAD}")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        raise RuntimeError(f"global_pointer_loss does not work under vmap; {_INSTEAD}")
+    jvp = refusal(f"global_pointer_loss has no forward-mode derivative; {_INSTEAD}")
+    vmap = refusal(f"global_pointer_loss does not work under vmap; {_INSTEAD}")
 
 
 class _Gradients(torch.autograd.Function):
@@ -97,17 +92,9 @@ class _Gradients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Grads) -> None:
         """Nothing is kept."""
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(f"global_pointer_loss has no second derivative; {_INSTEAD}")
-
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Any) -> Grads:
-        raise RuntimeError(f"global_pointer_loss has no second derivative; {_INSTEAD}")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Grads, Any]:
-        raise RuntimeError(f"the gradient of global_pointer_loss does not work under vmap; {_INSTEAD}")
+    backward = refusal(f"global_pointer_loss has no second derivative; {_INSTEAD}")
+    jvp = backward
+    vmap = refusal(f"the gradient of global_pointer_loss does not work under vmap; {_INSTEAD}")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from danlu._common.checks import is_low_precision
 from danlu.kernels import explain
 from danlu.kernels.linear_rows import RowCoefficients, row_statistics, write_row_gradients
 from danlu.losses._ground_cost import CostRows
-from danlu.losses._prepared import Grads, Prepared
+from danlu.losses._prepared import Grads, Prepared, refusal
 from danlu.losses._row_loss import RowLoss, TransportRowLoss, is_row_loss, is_transport_loss
 
 __all__ = ["LinearLoss", "Plan", "TokenLoss", "write_logits"]
@@ -107,13 +107,8 @@ class LinearLoss(torch.autograd.Function):
         )
         return (*grads, *nothing)
 
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
-        raise RuntimeError(f"linear_loss has no forward-mode derivative; {_INSTEAD}")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        raise RuntimeError(f"linear_loss does not work under vmap; {_INSTEAD}")
+    jvp = refusal(f"linear_loss has no forward-mode derivative; {_INSTEAD}")
+    vmap = refusal(f"linear_loss does not work under vmap; {_INSTEAD}")
 
 
 class _LinearLossGradients(torch.autograd.Function):
@@ -143,17 +138,9 @@ class _LinearLossGradients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Grads) -> None:
         """Nothing is kept."""
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(f"linear_loss has no second derivative; {_INSTEAD}")
-
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Any) -> Grads:
-        raise RuntimeError(f"linear_loss has no second derivative; {_INSTEAD}")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Grads, Any]:
-        raise RuntimeError(f"the gradient of linear_loss does not work under vmap; {_INSTEAD}")
+    backward = refusal(f"linear_loss has no second derivative; {_INSTEAD}")
+    jvp = backward
+    vmap = refusal(f"the gradient of linear_loss does not work under vmap; {_INSTEAD}")
 
 
 @torch.no_grad()

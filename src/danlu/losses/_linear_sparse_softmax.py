@@ -16,6 +16,7 @@ from danlu._common.checks import check_integer, is_low_precision
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
 from danlu.losses._linear import check_head, default_chunk, product_dtype
 from danlu.losses._linear_engine import write_logits
+from danlu.losses._prepared import refusal
 from danlu.losses._targets import check_range, check_row_values
 
 __all__ = ["linear_sparse_softmax_loss"]
@@ -140,18 +141,11 @@ class _Entries(NamedTuple):
     value: Tensor
 
 
-def _refusal(what: str) -> Any:
-    def refuse(*args: Any) -> Any:
-        raise RuntimeError(f"linear_sparse_softmax_loss {what}; {_INSTEAD}")
-
-    return staticmethod(refuse)
-
-
 class _SparseRows(torch.autograd.Function):
     """The loss of every row, and its derivatives by the logits."""
 
-    jvp = _refusal("has no forward-mode derivative")
-    vmap = _refusal("does not work under vmap")
+    jvp = refusal(f"linear_sparse_softmax_loss has no forward-mode derivative; {_INSTEAD}")
+    vmap = refusal(f"linear_sparse_softmax_loss does not work under vmap; {_INSTEAD}")
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]
@@ -193,9 +187,9 @@ class _SparseRows(torch.autograd.Function):
 class _Gradients(torch.autograd.Function):
     """The gradients, as a function whose own gradient raises: with create_graph they would pass for constants."""
 
-    backward = _refusal("has no second derivative")
-    jvp = _refusal("has no second derivative")
-    vmap = _refusal("has a gradient that does not work under vmap")
+    backward = refusal(f"linear_sparse_softmax_loss has no second derivative; {_INSTEAD}")
+    jvp = backward
+    vmap = refusal(f"the gradient of linear_sparse_softmax_loss does not work under vmap; {_INSTEAD}")
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]

@@ -9,7 +9,14 @@ Shape letters: `C` labels; `K` places of a list of positives; `...` batch axes, 
 import torch
 from torch import Tensor
 
-from danlu._common.checks import broadcasts_to, check_floating, check_real, check_same_device, is_low_precision
+from danlu._common.checks import (
+    broadcasts_to,
+    check_bool,
+    check_floating,
+    check_real,
+    check_same_device,
+    is_low_precision,
+)
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
 
 __all__ = ["multilabel_cross_entropy"]
@@ -111,9 +118,7 @@ def _check(input: Tensor, target: Tensor, mask: Tensor | None, sparse: bool) -> 
         rule = "(..., K) with the batch axes of input" if sparse else "the shape of input"
         raise ValueError(f"target must have {rule}, got input {tuple(input.shape)} and target {tuple(target.shape)}")
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor with True = counts, got {kind}")
+        check_bool("mask", mask, "counts")
         given, full = tuple(mask.shape), tuple(input.shape)
         if not broadcasts_to(given, full):
             raise ValueError(f"mask of shape {given} does not broadcast to input {full}")

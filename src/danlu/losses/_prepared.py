@@ -1,10 +1,21 @@
-"""Gradients that a loss computes in its forward call, on their way to the backward."""
+"""What chunked losses share: gradients computed in the forward call, and refusals of transforms."""
+
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Grads", "Prepared"]
+__all__ = ["Grads", "Prepared", "refusal"]
 
 Grads = tuple[Tensor | None, ...]
+
+
+def refusal(message: str) -> Any:
+    """A static method of an `autograd.Function` that raises `RuntimeError`: for what it does not support."""
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(message)
+
+    return staticmethod(refuse)
 
 
 class Prepared:

@@ -8,7 +8,7 @@ Shape letters: `V` classes; `...` batch axes.
 import torch
 from torch import Tensor
 
-from danlu._common.checks import check_floating, check_same_device
+from danlu._common.checks import check_bool, check_floating, check_same_device
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
 from danlu.simplex import log_esp
 
@@ -49,9 +49,7 @@ def topk_multilabel_loss(input: Tensor, target: Tensor, *, reduction: Reduction 
         tensor(6.)
     """
     check_floating("input", input)
-    if not isinstance(target, Tensor) or target.dtype != torch.bool:
-        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be a bool tensor with True = label, got {kind}")
+    check_bool("target", target, "label")
     if input.ndim == 0 or target.shape != input.shape:
         raise ValueError(f"target must have the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}")
     check_same_device(input=input, target=target)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from danlu._common.checks import (
     broadcasts_to,
+    check_bool,
     check_dim,
     check_floating,
     check_real,
@@ -346,9 +347,7 @@ def _check_temperature(temperature: float | Tensor, scores: Tensor) -> float | T
 
 
 def _check_mask(mask: Tensor, input: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor with True = visible, got {kind}")
+    check_bool("mask", mask, "visible")
     given, shape = tuple(mask.shape), tuple(input.shape)
     if not broadcasts_to(given, shape):
         raise ValueError(f"mask must broadcast to input {shape}, got {given}")
