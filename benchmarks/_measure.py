@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -19,13 +20,19 @@ RESULTS = Path(__file__).parent / "results"
 def interleave(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round; the candidates take turns, so drift of the machine hits all alike."""
+    """Seconds of every candidate in every round.
+
+    The candidates take turns, so drift of the machine hits all alike, and in a new order every round: who follows pays
+    for what its predecessor left in the cache to be written.
+    """
+    order, generator = list(candidates.items()), random.Random(0)
     for _ in range(warmup):
         for run in candidates.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
-        for name, run in candidates.items():
+        generator.shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

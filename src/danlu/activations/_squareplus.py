@@ -27,6 +27,8 @@ _PRESETS: dict[str, float] = {"softplus": 1.5238210, "softplus_upper": 4 * math.
 # From here on sqrt(x^2 + b) is |x| in float64 for every b that is allowed, and squares below it are finite in float32.
 _FAR = 2.0**60
 _LARGEST_B = 1e20
+# Below it a quarter of b may vanish in float32.
+_SMALL_B = 1e-30
 
 
 def squareplus(
@@ -65,8 +67,9 @@ def squareplus(
         RuntimeError: `impl="cpp"` cannot run, with the reason; or `inplace` on a leaf that requires a gradient.
 
     Numerics:
-        For $x < 0$ as $(b/4)/y(-x)$: the definition cancels there, with relative errors above 4.4 and results of 0
-        from $-5800$ on in float32. Exact to two units in the last place for every $x$, also where $x^2$ is infinite;
+        As $\max(x, 0) + y(-\lvert x\rvert)$, and the latter as a quotient: the definition cancels for $x < 0$, with
+        relative errors above 4.4 and results of 0 from $-5800$ on in float32. Exact to two units in the last place for
+        every $x$, also where $x^2$ is infinite;
         $y(-\infty) = 0$, $y(\infty) = \infty$, NaN stays. Half inputs are computed in float32. Where the result is 0
         both derivatives are 0, as for ReLU at 0. All derivatives are right to any order.
 
@@ -218,15 +221,22 @@ def _takes_kernel(input: Tensor, b: float | Tensor, impl: Implementation) -> boo
 
 def _values(input: Tensor, b: float | Tensor) -> Tensor:
     x = input.float() if is_low_precision(input.dtype) else input
-    magnitude = x.abs()
+    # ReLU and what is above it, which is the value at -|x|: no difference of large numbers, and one division for both.
     # Without an argument's memory: in place on what is new, since large temporaries cost more than the arithmetic.
-    square = magnitude.clamp(max=_FAR)
-    square = square.mul_(square)
-    square = square + b.to(square.dtype) if isinstance(b, Tensor) else square.add_(b)
-    root = torch.maximum(square.sqrt_(), magnitude)
-    upper = root.mul_(0.5).add_(magnitude, alpha=0.5)
-    lower = 0.25 * b / upper
-    return torch.where(x < 0, lower, upper).to(input.dtype)
+    if isinstance(b, Tensor) or b < _SMALL_B:
+        magnitude = x.abs()
+        square = magnitude * magnitude
+        root = (square + b.to(square.dtype) if isinstance(b, Tensor) else square.add_(b)).sqrt_()
+        root = torch.where(magnitude < _FAR, root, magnitude).mul_(0.5).add_(magnitude, alpha=0.5)
+        above = b / root.clamp_(min=torch.finfo(root.dtype).tiny) * 0.25
+    else:
+        # With half of |x| the sum cannot overflow.
+        magnitude = x.mul(0.5).abs_()
+        square = magnitude * magnitude
+        root = torch.where(magnitude < _FAR, square.add_(0.25 * b).sqrt_(), magnitude)
+        # A number over a tensor would become a reciprocal and a product.
+        above = x.new_full((), 0.25 * b) / root.add_(magnitude)
+    return (above + x.relu()).to(input.dtype)
 
 
 def _slopes(output: Tensor, b: float | Tensor) -> tuple[Tensor, Tensor]:
