@@ -11,7 +11,7 @@ from pathlib import Path
 import outcomes as made
 import pytest
 
-from danlu.lab import report
+from danlu.lab import charts, report
 from danlu.lab.errors import MissingExtraError, StoreError
 from danlu.lab.report import write_figure, write_report
 
@@ -217,3 +217,31 @@ def test_in_a_browser(folder, browser, name, scheme):
         assert (brightness > 128) == (scheme == "light")
     finally:
         page.close()
+
+
+def test_scores_of_different_size_share_a_logarithmic_axis():
+    close = made.outcome(
+        "lab/drawn", [made.arm("a", {"loss": [30.0, 31.0]}), made.arm("b", {"loss": [40.0, 599.0]})], []
+    )
+    far = made.outcome("lab/drawn", [made.arm("a", {"loss": [30.0, 31.0]}), made.arm("b", {"loss": [40.0, 601.0]})], [])
+    signed = made.outcome(
+        "lab/drawn", [made.arm("a", {"loss": [-1.0, 31.0]}), made.arm("b", {"loss": [40.0, 601.0]})], []
+    )
+
+    def scale(outcome):
+        return charts.paired_chart(outcome, "loss", charts.LIGHT)["layer"][0]["encoding"]["x"]["scale"]
+
+    assert scale(far)["type"] == "log"
+    low, high = scale(far)["domain"]
+    assert 0 < low < 30 < 601 < high
+    assert "type" not in scale(close)
+    assert "type" not in scale(signed)
+
+
+def test_the_key_of_many_arms_is_broken_into_rows():
+    names = [f"a_rather_long_name_of_arm_{i}" for i in range(12)]
+    outcome = made.outcome(
+        "lab/drawn", [made.arm(name, {"loss@a": [1.0, 2.0], "loss@b": [2.0, 3.0]}) for name in names], []
+    )
+    spec = charts.condition_chart(outcome, "loss", charts.LIGHT, alone=True)
+    assert spec["layer"][0]["encoding"]["color"]["legend"]["columns"] == 2

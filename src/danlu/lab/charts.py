@@ -96,6 +96,10 @@ DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (7, 3), (2, 2), (9, 3, 2, 3), (4,
 _LARGEST = 1e300
 # Parts whose extents differ by more than this factor do not share an axis: the short interval would be a dot.
 _COMPARABLE = 8.0
+# Scores that differ by more than this factor are drawn on a logarithmic axis.
+_WIDE = 20.0
+# Widths of the key of a picture that stands alone: of all of it, of a letter, and of a symbol with its gaps.
+_KEY_WIDTH, _LETTER, _SYMBOL = 620, 7, 40
 # More points of one curve than this are thinned out evenly.
 _POINTS = 120
 # The first steps of a curve may fall from far above; they are cut off when they would squeeze the rest this much.
@@ -153,7 +157,7 @@ def paired_chart(outcome: Outcome, metric: str, theme: Theme, *, alone: bool = F
     if not rows:
         return None
     y = {**_field("arm"), "axis": None, "scale": {"domain": names}}
-    x = _quantity("value", metric if alone else None, _domain(_numbers(rows)))
+    x = _spread_quantity("value", metric if alone else None, _numbers(rows))
     return _spec(
         theme,
         height=42 * len(names),
@@ -466,7 +470,10 @@ def _arms(
         "strokeDash": [list(dash) for _, _, dash in looks],
     }
     # Without a width the dashes of the lines would fray the outlines of the symbols.
-    key: Spec | None = {"title": None, "symbolStrokeWidth": 0, "symbolOpacity": 1} if legend else None
+    key: Spec | None = None
+    if legend:
+        columns = max(1, _KEY_WIDTH // (_LETTER * max(map(len, names)) + _SYMBOL))
+        key = {"title": None, "symbolStrokeWidth": 0, "symbolOpacity": 1, "columns": columns}
     return {
         channel: {**_field("arm"), "scale": {"domain": list(names), "range": ranges[channel]}, "legend": key}
         for channel in channels
@@ -491,6 +498,16 @@ def _quantity(name: str, title: str | None, domain: Sequence[float]) -> Spec:
         "scale": {"domain": list(domain), "zero": False, "nice": False},
         "axis": axis,
     }
+
+
+def _spread_quantity(name: str, title: str | None, values: Sequence[float]) -> Spec:
+    """As `_quantity`; logarithmic where one arm's values would otherwise squeeze those of all others."""
+    low, high = min(values), max(values)
+    if low <= 0 or high < _WIDE * low:
+        return _quantity(name, title, _domain(values))
+    pad = (high / low) ** 0.06
+    found = _quantity(name, title, [low / pad, high * pad])
+    return {**found, "scale": {**cast("Spec", found["scale"]), "type": "log"}}
 
 
 def _domain(values: Iterable[float]) -> list[float]:
