@@ -20,6 +20,9 @@ def vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
 def test_family_is_covered():
     assert {name for name in family.__all__ if inspect.isfunction(getattr(family, name))} == {
         "apply_rope",
+        "even_positions",
+        "logn_scale",
+        "random_positions",
         "rope_frequencies",
     }
     assert {name for name in family.__all__ if inspect.isclass(getattr(family, name))} == {"RotaryEmbedding"}

@@ -9,34 +9,57 @@ import torch
 from torch import Tensor, nn
 
 from danlu._common.checks import broadcasts_to, check_floating, check_integer, check_real, is_low_precision
+from danlu.positions._scaling import RopeMethod, scaled_frequencies
 
 __all__ = ["RotaryEmbedding", "apply_rope", "rope_frequencies"]
 
 
-def rope_frequencies(dim: int, *, base: float = 10000.0) -> Tensor:
-    r"""Angular frequencies of RoPE.
+def rope_frequencies(
+    dim: int,
+    *,
+    base: float = 10000.0,
+    method: RopeMethod = "default",
+    factor: float = 1.0,
+    mixed_power: float = 0.625,
+) -> Tensor:
+    r"""Angular frequencies of RoPE, also for text $\kappa$ times as long as in training.
 
     Definition:
         $$\theta_m = b^{-2(m-1)/R}, \qquad m = 1, \dots, R/2$$
-        with $R$ = `dim` and $b$ = `base`.
+        with $R$ = `dim` and $b$ = `base`. By `method`, with $\kappa$ = `factor`:
+
+        - "default": $\theta_m$;
+        - "linear", position interpolation: $\theta_m/\kappa$;
+        - "ntk-old": the base is $b\kappa$;
+        - "ntk-aware": the base is $b\,\kappa^{R/(R-2)}$, so that the first frequency stays and the last is that of
+          "linear";
+        - "ntk-fixed": $\theta_m\,\kappa^{-2m/R}$, where the modulus of the digits grows with their base;
+        - "ntk-mixed": $\theta_m\,e^{-a m^{c}}$ with $a (R/2)^{c} = \ln\kappa$ and $c$ = `mixed_power`, where 1 is
+          "ntk-fixed" and 0 is "linear".
 
     Args:
         dim: number of rotated channels, even and at least 2.
         base: $b > 0$; 10000 in the paper, $10^5$ to $10^6$ in models for long text.
+        method: as above.
+        factor: $\kappa > 0$.
+        mixed_power: $c \ge 0$; 0.625 in the article, 0.75 in its author's code.
 
     Returns:
-        Frequencies (radians per position), shape `(dim / 2,)`, float64, on the CPU, from 1 downward.
+        Frequencies (radians per position), shape `(dim / 2,)`, float64, on the CPU, falling.
 
     Raises:
-        TypeError: `dim` is not an int or `base` not a number.
-        ValueError: `dim` is odd or below 2, or `base` is not positive.
+        TypeError: `dim` is not an int or another option not a number.
+        ValueError: `dim` is odd or below 2 (below 4 for "ntk-aware"), another number is out of its range, `method` is
+            unknown, or there is a `factor` without a method.
 
     Numerics:
         float64: an angle is a frequency times a position, and at position $10^6$ a float32 frequency is off by
         0.03 radians.
 
     Source:
-        Su et al. (2021), arXiv 2104.09864, section 3.2.2.
+        Su et al. (2021), arXiv 2104.09864, section 3.2.2; Chen et al. (2023), arXiv 2306.15595, for "linear";
+        "Transformer升级之路:10、RoPE是一种β进制编码" (2023-07-06) and "11、将β进制位置进行到底" (2023-07-31) for the
+        others.
 
     Example:
         >>> from danlu.positions import rope_frequencies
@@ -47,7 +70,7 @@ def rope_frequencies(dim: int, *, base: float = 10000.0) -> Tensor:
     if dim % 2:
         raise ValueError(f"dim must be even, got {dim}")
     check_real("base", base, low=0.0, low_open=True)
-    return torch.pow(base, -torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return scaled_frequencies(dim, base, method, factor, mixed_power)
 
 
 def apply_rope(input: Tensor, positions: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -138,11 +161,14 @@ class RotaryEmbedding(nn.Module):
     r"""Module form of [`apply_rope`][danlu.positions.apply_rope] with held frequencies.
 
     Definition:
-        `forward(input, positions) = apply_rope(input, positions, rope_frequencies(dim, base=base))`.
+        `forward(input, positions) = apply_rope(input, positions, rope_frequencies(dim, base=base, ...))`.
 
     Args:
         dim: number of rotated channels, even and at least 2.
         base: base of the frequencies.
+        method: how they are scaled, as in [`rope_frequencies`][danlu.positions.rope_frequencies].
+        factor: as there.
+        mixed_power: as there.
         interleaved: pairs are neighbors instead of halves.
 
     Returns:
@@ -165,13 +191,24 @@ class RotaryEmbedding(nn.Module):
         tensor([1., 1., 1., 1.])
     """
 
-    def __init__(self, dim: int, *, base: float = 10000.0, interleaved: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        base: float = 10000.0,
+        method: RopeMethod = "default",
+        factor: float = 1.0,
+        mixed_power: float = 0.625,
+        interleaved: bool = False,
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.base = base
+        self.method: RopeMethod = method
+        self.factor = factor
         self.interleaved = interleaved
         # A plain attribute and not a buffer, since `module.half()` casts buffers.
-        self.inv_freq = rope_frequencies(dim, base=base)
+        self.inv_freq = rope_frequencies(dim, base=base, method=method, factor=factor, mixed_power=mixed_power)
 
     def forward(self, input: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the rotated input."""
@@ -181,4 +218,5 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         """Options as they stand in `repr`."""
-        return f"dim={self.dim}, base={self.base}, interleaved={self.interleaved}"
+        scaled = "" if self.method == "default" else f"method={self.method!r}, factor={self.factor}, "
+        return f"dim={self.dim}, base={self.base}, {scaled}interleaved={self.interleaved}"
