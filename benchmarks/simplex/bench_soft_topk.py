@@ -68,17 +68,21 @@ def main() -> None:
             for method in ("laplace", "sigmoid", "exp", "clip")
         }
         softmax = {"torch softmax": lambda x: torch.softmax(x, -1)}
+        hard = {"danlu hard": lambda x, k=k: soft_topk(x, k, hard=True)}
         others = {
             "torch topk": lambda x, k=k: torch.topk(x, k),
             **softmax,
             "sort form of laplace": lambda x, k=k: by_sorting(x, k),
         }
         size = f"({rows}, {n}), k={k}"
-        runs = {name: forward(f, x) for name, f in {**others, **maps}.items()}
+        runs = {name: forward(f, x) for name, f in {**others, **maps, **hard}.items()}
+        # With a gradient to come, the smooth map as well.
+        leaf = x.clone().requires_grad_()
+        runs["danlu hard, to learn"] = lambda leaf=leaf, k=k: soft_topk(leaf, k, hard=True)
         table = summary(interleave(runs, rounds=ROUNDS), "torch topk")
         show(f"forward {size}, ratio to topk", table)
         back = summary(
-            interleave({name: backward(f, x) for name, f in {**softmax, **maps}.items()}, rounds=ROUNDS),
+            interleave({name: backward(f, x) for name, f in {**softmax, **maps, **hard}.items()}, rounds=ROUNDS),
             "torch softmax",
         )
         show(f"backward {size}, ratio to softmax", back)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from danlu import kernels
-from danlu.kernels.soft_topk import soft_topk_cpu, soft_topk_vjp_cpu
+from danlu.kernels.soft_topk import hard_topk_cpu, soft_topk_cpu, soft_topk_vjp_cpu
 from danlu.simplex import SoftTopK, log_esp, soft_topk, softmax, sparsemax
-from danlu.simplex._topk_rows import _reference, _value, _vjp
+from danlu.simplex._topk_rows import _indicator, _reference, _value, _vjp
 
 THRESHOLDS = ["exp", "laplace", "sigmoid", "clip"]
 MAPS = [*THRESHOLDS, "grad"]
@@ -341,7 +341,95 @@ def test_straight_through_takes_the_first_of_equal_scores():
     assert torch.equal(soft_topk(x[2], 5, hard=True), torch.tensor([1.0, 1, 1, 1, 0]))
 
 
+@methods
+def test_every_derivative_of_hard_is_that_of_soft(method):
+    x, v, w = scores(3, 6), scores(3, 6, seed=1), scores(3, 6, seed=2)
+
+    def weighed(hard):
+        return lambda x, v: (soft_topk(x, 2, method=method, hard=hard) * v).sum()
+
+    def per_row(hard):
+        return lambda x, v: torch.vmap(weighed(hard))(x, v).sum()
+
+    def twice(hard):
+        return torch.func.grad(lambda x: (torch.func.grad(weighed(hard))(x, v) * w).sum())(x)
+
+    wanted = torch.func.grad(weighed(False))(x, v)
+    assert wanted.abs().max() > 0.01 or method == "clip"
+    compiled = torch.compile(weighed(True), fullgraph=True, backend="aot_eager")
+    leaf = x.clone().requires_grad_()
+    for found in (
+        torch.func.grad(weighed(True))(x, v),
+        torch.vmap(torch.func.grad(weighed(True)))(x, v),
+        torch.func.grad(per_row(True))(x, v),
+        torch.autograd.grad(weighed(True)(leaf, v), leaf)[0],
+        torch.autograd.grad(compiled(leaf, v), leaf)[0],
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(twice(True), twice(False), rtol=1e-12, atol=1e-14)
+    changed = soft_topk(leaf, 2, method=method, hard=True)
+    changed *= v
+    torch.testing.assert_close(torch.autograd.grad(changed.sum(), leaf)[0], wanted, rtol=1e-12, atol=1e-14)
+    for result in (torch.vmap(lambda x: soft_topk(x, 2, hard=True))(x), soft_topk(x.T, 2, hard=True, dim=0).T):
+        assert torch.equal(result, soft_topk(leaf, 2, method=method, hard=True))
+    # Without a smooth map the tangent would be 0 in silence.
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: soft_topk(x, 2, method=method, hard=True), (x,), (v,))
+
+
+@pytest.mark.parametrize("method", [*MAPS, "iter"])
+def test_hard_computes_no_smooth_map_where_no_gradient_is_wanted(method, monkeypatch):
+    def fail(*_):
+        raise AssertionError("a smooth map was computed")
+
+    x = scores(3, 6)
+    wanted = soft_topk(x.clone().requires_grad_(), 2, hard=True)
+    for name in ("threshold_rows", "_by_rows", "_iterated"):
+        monkeypatch.setattr(f"danlu.simplex._soft_topk.{name}", fail)
+    assert torch.equal(soft_topk(x, 2, method=method, hard=True), wanted)
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(soft_topk(leaf, 2, method=method, hard=True), wanted)
+    for options in ({"k": 2}, {"k": 2, "temperature": torch.tensor(0.5, requires_grad=True)}):
+        with pytest.raises(AssertionError, match="was computed"):
+            soft_topk(leaf if len(options) == 1 else x, method=method, hard=True, **options)
+
+
 # ------------------------------------------------------------------------------------------------- kernels, dtypes
+
+
+def first_of_the_largest(x, sizes):
+    """By Python's stable sort."""
+    out = torch.zeros_like(x)
+    for row, k, into in zip(x, sizes.flatten().tolist(), out, strict=True):
+        order = sorted((i for i, value in enumerate(row.tolist()) if value != -math.inf), key=lambda i: -row[i].item())
+        into[order[:k]] = 1
+    out[x.isnan().any(-1)] = math.nan
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 2, 65, 130, 1000])
+def test_hard_rows_by_a_sort(n, dtype):
+    compiled = kernels.explain("soft_topk", torch.zeros(1)) is None
+    for scale in (1.0, 1e4, 1e-6):
+        x = scores(6, n, scale=scale, seed=n)
+        x[1] = x[1].sort().values
+        x[2] = (x[2] / scale).round() * scale  # ties
+        x[3, : n // 2] = -math.inf
+        x[4, n // 3] = math.inf
+        x[5] = x[5].clamp(min=0) * torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0)  # both zeros
+        x = x.to(dtype)
+        for k in sorted({0, 1, n // 64, n // 3, n - 1, n}):
+            sizes = torch.tensor([[k], [k], [k], [k], [k], [max(0, k - 1)]])
+            wanted = first_of_the_largest(x, sizes)
+            for function in (hard_topk_cpu, _indicator) if compiled else (_indicator,):
+                assert torch.equal(function(x, sizes), wanted)
+    x[0, n // 2] = math.nan
+    for function in (hard_topk_cpu, _indicator) if compiled else (_indicator,):
+        found = function(x, sizes)
+        assert found[0].isnan().all()
+        assert torch.equal(found[1:], wanted[1:])
 
 
 @pytest.mark.skipif(kernels.explain("soft_topk", torch.zeros(1)) is not None, reason="no compiler")

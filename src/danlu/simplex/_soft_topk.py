@@ -23,7 +23,7 @@ from danlu._common.checks import (
     is_low_precision,
 )
 from danlu.simplex._subset_sums import inclusion, log_subset_sum
-from danlu.simplex._topk_rows import threshold_rows
+from danlu.simplex._topk_rows import hard_rows, threshold_rows
 
 __all__ = ["SoftTopK", "log_esp", "soft_topk"]
 
@@ -95,7 +95,7 @@ def soft_topk(
         dim: the axis, from `-input.ndim` to `input.ndim - 1`.
         mask: bool, broadcastable to `input`, True = visible; None means all are.
         hard: return the indicator of the k largest (whole `k`), with the gradient of the smooth map
-            ("straight-through").
+            ("straight-through"), which is computed only where a gradient may be wanted.
         return_threshold: also return $\lambda$, for the threshold methods.
 
     Returns:
@@ -118,9 +118,9 @@ def soft_topk(
 
     Cost:
         The threshold methods scan the scores a few times (Newton's method within a bracket) and sort nothing; on the
-        CPU that is compiled code, elsewhere operations in float64. They save $p$ alone. "grad" takes
-        $O(N\sqrt k)$. Second derivatives, `vmap`, reverse-mode `torch.func` transforms and
-        `torch.compile(fullgraph=True)` work.
+        CPU that is compiled code, elsewhere operations in float64. They save $p$ alone. `hard` adds one search for the
+        $k$-th largest score, and without a gradient is nothing but that. "grad" takes $O(N\sqrt k)$. Second
+        derivatives, `vmap`, reverse-mode `torch.func` transforms and `torch.compile(fullgraph=True)` work.
 
     Differences:
         The article's formulas for "laplace" stop at a threshold above the least score and cancel for large $k$; its
@@ -143,16 +143,21 @@ def soft_topk(
     sizes = _sizes(k, input, axis, whole=whole)
     scores = input.float() if is_low_precision(input.dtype) else input
     tau = _check_temperature(temperature, scores)
+    if method == "iter" and isinstance(k, Tensor):
+        raise TypeError("k must be a number for method='iter'")
     if return_threshold and method in ("grad", "iter"):
         raise ValueError(f"return_threshold needs a method with a threshold, got {method!r}")
     if mask is not None:
         scores = scores.masked_fill(~_check_mask(mask, input), -math.inf)
     rows = _cooled(scores, tau).movedim(axis, -1)
     sizes = sizes.movedim(axis, -1)
+    if hard and not return_threshold and not (torch.is_grad_enabled() and _may_learn(rows, sizes)):
+        # The smooth map would be there for its gradient alone.
+        return hard_rows(rows, sizes).to(input.dtype).movedim(-1, axis)
     if method == "grad":
         p, threshold = _by_rows(rows, sizes), None
     elif method == "iter":
-        p, threshold = _iterated(rows, k), None
+        p, threshold = _iterated(rows, float(k)), None
     else:
         # Rounded to half, values just below 1 are 1, where the slopes of the other two methods jump to 0.
         smooth = method in ("laplace", "sigmoid")
@@ -160,7 +165,7 @@ def soft_topk(
             rows = input.movedim(axis, -1)
         p, threshold = threshold_rows(rows, sizes, method)
     if hard:
-        p = p + (_indicator(rows.detach(), k, sizes) - p).detach()
+        p = hard_rows(rows.detach(), sizes.detach(), p)
     out = p.to(input.dtype).movedim(-1, axis)
     return out if not return_threshold or threshold is None else (out, threshold.movedim(-1, axis))
 
@@ -244,9 +249,7 @@ def _by_rows(rows: Tensor, sizes: Tensor) -> Tensor:
     return torch.where(rows.isnan().any(-1, keepdim=True), math.nan, p).to(rows.dtype)
 
 
-def _iterated(rows: Tensor, k: float | Tensor) -> Tensor:
-    if isinstance(k, Tensor):
-        raise TypeError("k must be a number for method='iter'")
+def _iterated(rows: Tensor, k: float) -> Tensor:
     warnings.warn("the values of method='iter' may exceed 1 and are not in the order of the scores", stacklevel=3)
     hidden = rows == -math.inf
     least = torch.where(hidden, math.inf, rows).amin(-1, keepdim=True)
@@ -269,18 +272,14 @@ def _cooled(scores: Tensor, tau: float | Tensor) -> Tensor:
     return torch.where(finite, torch.where(finite, scores, 0.0) / tau, scores)
 
 
-def _indicator(rows: Tensor, k: float | Tensor, sizes: Tensor) -> Tensor:
-    """The k largest visible entries of every row, of equal ones the first."""
-    if isinstance(k, Tensor):
-        last = (sizes.detach().long() - 1).clamp(min=0)
-        least = rows.sort(dim=-1, descending=True).values.gather(-1, last)
-    else:
-        # Without a sort where the size is known.
-        least = rows.topk(max(1, int(k)), dim=-1).values[..., -1:]
-    above, ties = rows > least, rows == least
-    chosen = above | (ties & (ties.cumsum(-1) <= sizes - above.sum(-1, keepdim=True)))
-    chosen = chosen & (rows != -math.inf) & (sizes > 0)
-    return torch.where(rows.isnan().any(-1, keepdim=True), math.nan, chosen.to(rows.dtype))
+def _may_learn(*tensors: Tensor) -> bool:
+    """Whether a gradient may be wanted: within transforms, as in a compiler, a tensor does not say."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return any(tensor.requires_grad or not tensor.data_ptr() for tensor in tensors if tensor.numel())
+    except RuntimeError:
+        return True
 
 
 def _check_method(method: str) -> str:

@@ -1,5 +1,7 @@
 r"""Rows of smooth top-k by a threshold: $p = f(x - \lambda)$ with $\sum_i p_i = k$, and their derivatives.
 
+And rows of hard top-k, which take the derivatives of smooth ones.
+
 For all four functions $f$ the slope follows from the value, $f'(d) = s(f(d))$, so a backward needs $p$ alone, and
 the second derivative is that of the expression for the first.
 
@@ -16,7 +18,7 @@ from danlu import kernels
 from danlu._common.vmap import batch_first
 from danlu.kernels import soft_topk as fused
 
-__all__ = ["Threshold", "Thresholded", "threshold_rows"]
+__all__ = ["Threshold", "Thresholded", "hard_rows", "threshold_rows"]
 
 Threshold = Literal["exp", "laplace", "sigmoid", "clip"]
 
@@ -27,6 +29,11 @@ _STEPS = 100
 def threshold_rows(input: Tensor, k: Tensor, method: Threshold) -> tuple[Tensor, Tensor]:
     """The map along the last axis and its thresholds; `k` has shape `(R, 1)`, and rows may hold -inf and NaN."""
     return Thresholded.apply(input, k, method)
+
+
+def hard_rows(input: Tensor, k: Tensor, smooth: Tensor | None = None) -> Tensor:
+    """The indicator of the `k` largest entries of every row, of equal ones the first, with the gradient of `smooth`."""
+    return _Hard.apply(input, k, smooth)
 
 
 # ---------------------------------------------------------------------------------------------------- definition
@@ -137,6 +144,21 @@ def _laplace_exact(z: Tensor, raised: Tensor, at: Tensor, k: Tensor) -> Tensor:
     return at + torch.where(step.isfinite(), step, 0)
 
 
+def _indicator(input: Tensor, k: Tensor) -> Tensor:
+    """The k largest visible entries of every row, of equal ones the first."""
+    k = k.expand(*input.shape[:-1], 1)
+    if input.numel() == 0:
+        return torch.empty_like(input)
+    # Of the largest that are needed, which is all where that can only be learned from the device.
+    most = int(k.max()) if k.device.type == "cpu" else input.shape[-1]
+    ordered = input.topk(max(1, min(most, input.shape[-1])), dim=-1).values
+    least = ordered.gather(-1, (k.long() - 1).clamp(min=0))
+    above, ties = input > least, input == least
+    chosen = above | (ties & (ties.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    chosen = chosen & (input != -math.inf) & (k > 0)
+    return torch.where(input.isnan().any(-1, keepdim=True), math.nan, chosen.to(input.dtype))
+
+
 # ----------------------------------------------------------------------------------------------------- operators
 
 
@@ -152,6 +174,18 @@ def _rows(input: Tensor, k: Tensor, method: str) -> tuple[Tensor, Tensor]:
 def _(input: Tensor, k: Tensor, method: str) -> tuple[Tensor, Tensor]:
     p = torch.empty_like(input, memory_format=torch.contiguous_format)
     return p, input.new_empty(*input.shape[:-1], 1, dtype=_wide(input.dtype))
+
+
+@torch.library.custom_op("danlu::hard_topk_rows", mutates_args=())
+def _hard(input: Tensor, k: Tensor) -> Tensor:
+    if kernels.explain("soft_topk", input) is None:
+        return fused.hard_topk_cpu(input, k)
+    return _indicator(input, k).contiguous()
+
+
+@_hard.register_fake
+def _(input: Tensor, k: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("danlu::threshold_rows_vjp", mutates_args=())
@@ -205,3 +239,24 @@ class Thresholded(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         return Thresholded.apply(*batch_first(info, args[:2], in_dims[:2]), args[2]), (0, 0)
+
+
+class _Hard(torch.autograd.Function):
+    """A constant with the gradient of something else; no forward mode, which would be 0 without that."""
+
+    @staticmethod
+    def forward(input: Tensor, k: Tensor, smooth: Tensor | None) -> Tensor:  # pyrefly: ignore[bad-override]
+        return _hard(input, k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor | None]:
+        return None, None, grads[0] if ctx.needs_input_grad[2] else None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        given = 2 if args[2] is None else 3
+        return _Hard.apply(*batch_first(info, args[:given], in_dims[:given]), *args[given:]), 0

@@ -1,7 +1,9 @@
 // Rows of smooth top-k, p = f(x - lambda) with sum p = k, and their vector-Jacobian product. A row is scanned a few
-// times by a Newton's method that stays inside a bracket; nothing is sorted.
+// times by a Newton's method that stays inside a bracket; nothing is sorted. And rows of hard top-k, exactly.
 #include "common.h"
 
+#include <algorithm>
+#include <functional>
 #include <limits>
 
 namespace danlu {
@@ -240,6 +242,116 @@ void forward_row(const P* x, int64_t n, double k, P* p, arithmetic<P>* threshold
   }
 }
 
+// Integers in the order of the numbers, without a negative zero.
+template <class F>
+using Order = std::conditional_t<std::is_same_v<F, double>, int64_t, int32_t>;
+template <class F>
+inline Order<F> order_of(F x) {
+  using Word = Order<F>;
+  constexpr Word without_sign = std::numeric_limits<Word>::max();
+  const Word word = bits_as<Word>(x);
+  return word < 0 ? -(word & without_sign) : word;
+}
+template <class F>
+inline F number_of(Order<F> order) {
+  using Word = Order<F>;
+  return order < 0 ? -bits_as<F>(static_cast<Word>(-order)) : bits_as<F>(order);
+}
+
+// The m-th largest of x, without NaN: a heap of the largest so far, into which few of many enter.
+template <class P>
+arithmetic<P> by_heap(const P* x, int64_t n, int64_t m, std::vector<arithmetic<P>>& heap) {
+  using F = arithmetic<P>;
+  constexpr int64_t LANES = 128;
+  const std::greater<F> falling;
+  for (int64_t i = 0; i < m; ++i) heap[i] = load(x[i]);
+  const auto begin = heap.begin(), end = begin + m;
+  std::make_heap(begin, end, falling);
+  for (int64_t i = m; i < n; i += LANES) {
+    const int64_t stop = i + LANES < n ? i + LANES : n;
+    const F least = heap[0];
+    int any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t j = i; j < stop; ++j) any |= load(x[j]) > least;
+    if (!any) continue;
+    for (int64_t j = i; j < stop; ++j) {
+      const F value = load(x[j]);
+      if (!(value > heap[0])) continue;
+      std::pop_heap(begin, end, falling);
+      heap[m - 1] = value;
+      std::push_heap(begin, end, falling);
+    }
+  }
+  return heap[0];
+}
+
+// A number that m of x reach, or that more reach and fewer exceed: the bits of the m-th largest, one after the other.
+template <class P>
+arithmetic<P> by_halves(const P* x, int64_t n, int64_t m, std::vector<arithmetic<P>>& scratch) {
+  using F = arithmetic<P>;
+  using Word = Order<F>;
+  F* z = scratch.data();
+  F least = std::numeric_limits<F>::infinity(), most = -least;
+#pragma omp simd reduction(min : least) reduction(max : most)
+  for (int64_t i = 0; i < n; ++i) {
+    z[i] = load(x[i]);
+    least = z[i] < least ? z[i] : least;
+    most = z[i] > most ? z[i] : most;
+  }
+  // At least m reach `low`, fewer than m reach `high` + 1.
+  Word low = order_of(least), high = order_of(most);
+  while (low < high) {
+    // Half the distance, rounded up, where the distance may be beyond the range of Word.
+    const Word middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1);
+    const F at = number_of<F>(middle);
+    Word count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; ++i) count += z[i] >= at;
+    if (static_cast<int64_t>(count) == m) return at;
+    if (static_cast<int64_t>(count) > m) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return number_of<F>(low);
+}
+
+// 1 for the k largest visible entries, of equal ones the first, else 0.
+template <class P>
+void hard_row(const P* x, int64_t n, double k, P* out, std::vector<arithmetic<P>>& scratch) {
+  using F = arithmetic<P>;
+  const F inf = std::numeric_limits<F>::infinity();
+  int64_t visible = 0;
+  int bad = 0;
+#pragma omp simd reduction(+ : visible) reduction(| : bad)
+  for (int64_t i = 0; i < n; ++i) {
+    const F value = load(x[i]);
+    bad |= value != value;
+    visible += value > -inf;
+  }
+  if (bad || k < 1 || static_cast<double>(visible) <= k) {
+    const F one = bad ? std::numeric_limits<F>::quiet_NaN() : F(k < 1 ? 0 : 1);
+    for (int64_t i = 0; i < n; ++i) store(out[i], bad || load(x[i]) > -inf ? one : F(0));
+    return;
+  }
+  const int64_t m = static_cast<int64_t>(k);
+  const F at = m <= n / 64 ? by_heap(x, n, m, scratch) : by_halves(x, n, m, scratch);
+  int64_t reached = 0;
+#pragma omp simd reduction(+ : reached)
+  for (int64_t i = 0; i < n; ++i) {
+    const F value = load(x[i]);
+    reached += value >= at;
+    store(out[i], value >= at ? F(1) : F(0));
+  }
+  // Of those that are equal, the last leave.
+  for (int64_t i = n, extra = reached - m; extra > 0;) {
+    if (load(x[--i]) != at) continue;
+    store(out[i], F(0));
+    --extra;
+  }
+}
+
 template <class P, int method>
 void vjp_row(const P* p, const P* v, int64_t n, P* out) {
   using F = arithmetic<P>;
@@ -286,6 +398,15 @@ void vjp(int64_t rows, int64_t n, const void* p, const void* v, void* out, int t
   });
 }
 
+template <class P>
+void hard(int64_t rows, int64_t n, const void* x, const double* k, void* out, int threads) {
+  over_rows(rows, n, threads, [&](int64_t begin, int64_t end) {
+    std::vector<arithmetic<P>> scratch(n);
+    for (int64_t r = begin; r < end; ++r)
+      hard_row<P>(static_cast<const P*>(x) + r * n, n, k[r], static_cast<P*>(out) + r * n, scratch);
+  });
+}
+
 template <class P, class Call>
 void by_method(int method, const Call& call) {
   if (method == EXP) return call.template operator()<P, EXP>();
@@ -315,4 +436,12 @@ extern "C" void danlu_soft_topk(int dtype, int method, int64_t rows, int64_t n, 
 extern "C" void danlu_soft_topk_vjp(int dtype, int method, int64_t rows, int64_t n, const void* p, const void* v,
                                     void* out, int threads) {
   danlu::dispatch(dtype, method, [&]<class P, int M>() { danlu::vjp<P, M>(rows, n, p, v, out, threads); });
+}
+
+extern "C" void danlu_hard_topk(int dtype, int64_t rows, int64_t n, const void* x, const double* k, void* out,
+                                int threads) {
+  if (dtype == 0) return danlu::hard<float>(rows, n, x, k, out, threads);
+  if (dtype == 1) return danlu::hard<double>(rows, n, x, k, out, threads);
+  if (dtype == 2) return danlu::hard<danlu::bfloat16>(rows, n, x, k, out, threads);
+  danlu::hard<danlu::float16>(rows, n, x, k, out, threads);
 }
