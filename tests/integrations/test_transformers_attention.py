@@ -11,7 +11,10 @@ from danlu.integrations.transformers_attention import _attend, register_attentio
 from danlu.simplex import entmax, entmax15, softmax, sparsemax  # noqa: E402
 
 SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-NAMES = [f"danlu_{n}" for n in ("softmax", "sparsemax", "entmax15", "entmax125", "taylor_softmax", "perturb_max")]
+NAMES = [
+    f"danlu_{name}"
+    for name in ("softmax", "sparsemax", "entmax15", "entmax125", "sparse_softmax", "taylor_softmax", "perturb_max")
+]
 
 
 def llama(implementation: str, dtype: torch.dtype = torch.float64):
@@ -62,6 +65,8 @@ def test_padding_decoding_and_weights(name):
     torch.testing.assert_close(sums[0], torch.ones_like(sums[0]))
     assert (weights[0].triu(1) == 0).all()
     assert (weights[1, :, 4:, :4] == 0).all()
+    # A padded query sees no key.
+    assert (weights[1, :, :4] == 0).all()
     grown = model.generate(tokens()[:1], max_new_tokens=4, do_sample=False)
     whole = model(grown[:, :-1]).logits.argmax(-1)
     assert torch.equal(grown[:, 9:], whole[:, 8:])
@@ -84,6 +89,39 @@ def test_sparse_weights_are_sparse_and_a_bidirectional_model_works():
     expected = model(tokens(), attention_mask=padding()).last_hidden_state
     torch.testing.assert_close(found[1, 4:], expected[1, 4:], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_static_cache_decodes_the_same_tokens(padded):
+    """Its first pass has more keys than queries, and no mask if nothing is padded."""
+    register_attention("danlu_entmax15")
+    model = llama("danlu_entmax15")
+    options = {"attention_mask": padding() if padded else None, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(tokens(), **options)
+    assert torch.equal(model.generate(tokens(), cache_implementation="static", **options), expected)
+
+
+def test_a_model_with_a_position_bias_and_back_again():
+    """T5: encoder, decoder and cross attention, with a bias that is added to the scores."""
+    register_attention("danlu_softmax")
+    register_attention("danlu_sparsemax")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).double().eval()
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name:
+            parameter.data.normal_(0, 3)
+
+    def logits(implementation: str) -> torch.Tensor:
+        model.set_attn_implementation(implementation)
+        return model(input_ids=tokens(), attention_mask=padding(), decoder_input_ids=tokens()).logits
+
+    eager = logits("eager")
+    torch.testing.assert_close(logits("danlu_softmax"), eager, rtol=1e-9, atol=1e-9)
+    assert (logits("danlu_sparsemax") - eager).abs().max() > 1e-2
+    assert torch.equal(logits("eager"), eager)
 
 
 def test_a_map_of_your_own():
@@ -111,13 +149,17 @@ def test_masks_groups_softcap_and_dropout():
     torch.testing.assert_close(out, (weights @ v.repeat_interleave(2, 1)).transpose(1, 2))
     additive = torch.zeros(2, 1, 3, 5).masked_fill(~visible, torch.finfo(torch.float32).min)
     torch.testing.assert_close(_attend(entmax15, module, q, k, v, additive, scaling=0.5)[1], weights)
-    # Without a mask, the newest query sees every key.
+    # Without a mask the later keys are empty slots of a static cache.
     causal = _attend(softmax, module, q, k, v, None)[1]
-    assert (causal[:, :, -1] > 0).all()
-    assert (causal[:, :, 0, 3:] == 0).all()
+    assert torch.equal(causal > 0, torch.ones(2, 4, 3, 5, dtype=torch.bool).tril())
+    # What the call says goes before what the module says.
+    assert (_attend(softmax, module, q, k, v, None, is_causal=False)[1] > 0).all()
+    bias = torch.randn(1, 4, 3, 7, dtype=torch.float64)
+    biased = _attend(entmax15, module, q, k, v, visible, scaling=0.5, position_bias=bias)[1]
+    torch.testing.assert_close(biased, entmax15(dense + bias[..., :5]))
     assert (_attend(softmax, module, q[:, :, :1], k, v, None)[1] > 0).all()
     capped = _attend(sparsemax, module, 100 * q, k, v, None, softcap=0.1)[1]
-    assert (capped[:, :, -1] > 0).all()
+    assert torch.equal(capped > 0, causal > 0)
     dropped = _attend(softmax, module, q, k, v, None, dropout=0.5)[1]
     assert (dropped == 0).double().mean() > 0.4
     assert torch.equal(_attend(softmax, module.eval(), q, k, v, None, dropout=0.5)[1], causal)
@@ -131,5 +173,6 @@ def test_errors():
     with pytest.raises(TypeError, match="map must be callable, got int"):
         register_attention("mine", 3)
     q = torch.randn(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="attention sinks"):
-        _attend(softmax, torch.nn.Module(), q, q, q, None, s_aux=torch.zeros(1))
+    for name in ("s_aux", "sinks"):
+        with pytest.raises(ValueError, match="attention sinks"):
+            _attend(softmax, torch.nn.Module(), q, q, q, None, **{name: torch.zeros(1)})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from danlu.simplex import entmax, entmax15, perturb_max, softmax, sparsemax, taylor_softmax
+from danlu.simplex import entmax, entmax15, perturb_max, softmax, sparse_softmax, sparsemax, taylor_softmax
 
 __all__ = ["SimplexMap", "register_attention"]
 
@@ -27,11 +27,17 @@ class SimplexMap(Protocol):
         ...
 
 
+def _ten_largest(input: Tensor, *, dim: int) -> Tensor:
+    """Sparse softmax of the paper's `k`, which decoding reaches only after ten keys."""
+    return sparse_softmax(input, dim=dim, k=min(10, input.shape[dim]))
+
+
 _MAPS: Mapping[str, SimplexMap] = {
     "entmax125": partial(entmax, alpha=1.25),
     "entmax15": entmax15,
     "perturb_max": partial(perturb_max, nodes=24),
     "softmax": softmax,
+    "sparse_softmax": _ten_largest,
     "sparsemax": sparsemax,
     "taylor_softmax": taylor_softmax,
 }
@@ -41,13 +47,14 @@ def register_attention(name: str, map: SimplexMap | None = None) -> Callable[...
     r"""Register an attention function for `attn_implementation=name` of every model of transformers.
 
     Definition:
-        $$A = f\Big(\frac{Q K^\top}{\sqrt d} + M\Big), \qquad O = A V$$
-        with a map $f$ = `map` in place of softmax, and $-\infty$ in $M$ where a key is hidden. A query that sees no key
-        has weights 0 and output 0.
+        $$A = f\Big(\frac{Q K^\top}{\sqrt d} + B + M\Big), \qquad O = A V$$
+        with a map $f$ = `map` in place of softmax, the model's position bias $B$ if it has one (T5), and $-\infty$ in
+        $M$ where a key is hidden. A query that sees no key has weights 0 and output 0.
 
     Args:
         name: "danlu_softmax", "danlu_sparsemax", "danlu_entmax15", "danlu_entmax125" (alpha 1.25),
-            "danlu_taylor_softmax" or "danlu_perturb_max"; or any name of your own with a `map`.
+            "danlu_sparse_softmax" (10 keys), "danlu_taylor_softmax" or "danlu_perturb_max"; or any name of your own
+            with a `map`.
         map: a function `(scores, *, dim)`, such as `functools.partial(entmax, alpha=1.3)`.
 
     Returns:
@@ -55,7 +62,8 @@ def register_attention(name: str, map: SimplexMap | None = None) -> Callable[...
 
     Raises:
         TypeError: `map` is not callable.
-        ValueError: `name` is not one of these and there is no `map`.
+        ValueError: `name` is not one of these and there is no `map`; and when a model with attention sinks calls it,
+            which are a part of softmax.
 
     Numerics:
         Half scores are computed in float32 by the maps and rounded once. Additive masks count as hidden where they are
@@ -107,7 +115,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Query `(B, H, T, D)`, key and value `(B, G, S, D)` with H a multiple of G; output `(B, T, H, D)` and weights."""
-    if kwargs.get("s_aux") is not None:
+    if any(kwargs.get(sinks) is not None for sinks in ("s_aux", "sinks")):
         raise ValueError("attention sinks are a part of softmax and have no meaning for other maps")
     batch, heads, queries, width = query.shape
     groups = key.shape[1]
@@ -117,7 +125,11 @@ def _attend(
     softcap = kwargs.get("softcap")
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = _masked(scores, attention_mask, getattr(module, "is_causal", True))
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        scores = scores + bias[..., : key.shape[2]]
+    is_causal = kwargs.get("is_causal")
+    scores = _masked(scores, attention_mask, getattr(module, "is_causal", True) if is_causal is None else is_causal)
     weights = nn.functional.dropout(map(scores, dim=-1), p=dropout, training=module.training)
     out = torch.matmul(weights.view(batch, groups, heads // groups * queries, -1).to(value.dtype), value)
     return out.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), weights
@@ -129,9 +141,10 @@ def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     if mask is None:
         if not is_causal or queries == 1:
             return scores
-        # The newest query sees every key.
+        # More keys than queries without a mask are the slots of a static cache that are still empty: the first query
+        # is in the first slot.
         slots = torch.arange(keys, device=scores.device)
-        return scores.masked_fill(slots > slots[keys - queries :, None], hidden)
+        return scores.masked_fill(slots > slots[:queries, None], hidden)
     mask = mask[..., :keys]
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, hidden)
