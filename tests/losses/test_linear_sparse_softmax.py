@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from danlu.losses import linear_sparse_softmax_loss, sparse_softmax_loss
 
@@ -68,6 +69,53 @@ def test_ties_at_the_smallest_of_the_largest(chunk_size):
         torch.testing.assert_close(found, dense, rtol=1e-13, atol=1e-14)
         for a, b in zip(gradients(found, (hidden, weight)), gradients(dense, (hidden, weight)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that was made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("chunk_size", [4, 64])
+@pytest.mark.parametrize("zeros", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_head_of_zeros_is_right_and_small(chunk_size, zeros, dtype):
+    """All logits tie, in all rows or in half of them: the entries of the gradient are as many as there are logits."""
+    rows, classes, k = 64, 400, 3
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, D, generator=generator, dtype=torch.float64)
+    hidden[: int(zeros * rows)] *= 0
+    weight = torch.randn(classes, D, generator=generator, dtype=torch.float64)
+    if zeros == 1.0:
+        hidden, weight = torch.randn_like(hidden), torch.zeros_like(weight)
+    leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight, torch.zeros(classes, dtype=torch.float64))]
+    target = torch.randint(classes, (rows,), generator=generator)
+    target[::7] = -100
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    with _Largest() as largest:
+        found = linear_sparse_softmax_loss(*leaves[:2], target, k=k, linear_bias=leaves[2], chunk_size=chunk_size)
+        grads = torch.autograd.grad(found, leaves)
+    dense = sparse_softmax_loss(F.linear(*exact), target, k=k)
+    torch.testing.assert_close(found.double(), dense, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0)
+    for a, b in zip(grads, torch.autograd.grad(dense, exact), strict=True):
+        assert (a.double() - b).norm() <= (1e-12 if dtype == torch.float64 else 5e-3) * b.norm()
+    width = 8 if dtype == torch.float64 else 4
+    assert largest.bytes <= max(width * chunk_size * classes, width * classes * D, 2 * 8 * rows * (k + 1) * 2)
+    weight = torch.rand(rows, dtype=torch.float64)
+    found = linear_sparse_softmax_loss(
+        *exact[:2], target, k=k, chunk_size=chunk_size, reduction="none", token_weight=weight
+    )
+    dense = sparse_softmax_loss(F.linear(*exact[:2]), target, k=k, reduction="none", token_weight=weight)
+    for a, b in zip(gradients(found, exact[:2]), gradients(dense, exact[:2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
 def test_only_the_rows_of_the_largest_and_of_the_targets_get_a_gradient():

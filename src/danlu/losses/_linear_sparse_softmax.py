@@ -75,7 +75,9 @@ def linear_sparse_softmax_loss(
     Cost:
         $2NVD$ flops for the logits and $4N(k+1)D$ for both gradients, where a loss with a dense gradient takes $6NVD$;
         and one `torch.topk` of every row. Extra memory: $4CV$ bytes for the chunk, $4VD$ for the weight's gradient
-        (none if it is frozen), and $O(Nk)$. On accelerators the search for ties waits for the device once per chunk.
+        (none if it is frozen), and $O(Nk + ND)$. Where more than $C(k+1)$ further logits of a chunk tie, as all do in a
+        head of zeros, the rows that they are in take a dense gradient, chunk by chunk: $8NVD$ flops and $12CV$ bytes.
+        On accelerators the search for ties waits for the device once per chunk.
 
     Differences:
         The gradient of $W$ is a dense tensor, as every optimizer takes it; its rows that no token touched are 0.
@@ -150,8 +152,9 @@ class _SparseRows(torch.autograd.Function):
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]
         hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, keep: Tensor, plan: _Plan
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         values = hidden.new_empty(len(hidden), dtype=plan.row_dtype)
+        dense = torch.zeros_like(keep)
         found: list[_Entries] = []
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             head, offset = weight.to(plan.dtype), None if bias is None else bias.to(plan.row_dtype)
@@ -160,18 +163,17 @@ class _SparseRows(torch.autograd.Function):
                 chunk = slice(start, min(start + plan.chunk_size, len(hidden)))
                 states = hidden[chunk].to(plan.dtype)
                 logits = write_logits(states, head, offset, buffer[: len(states)])
-                values[chunk], entries = _rows_of(logits, target[chunk], keep[chunk], plan.k)
+                values[chunk], entries, dense[chunk] = _rows_of(logits, target[chunk], keep[chunk], plan.k)
                 found.append(entries._replace(row=entries.row + start))
         if not found:
             nowhere = target.new_empty(0)
-            return values, nowhere, nowhere, values.new_empty(0)
-        row, column, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return values, row, column, value
+            return values, dense, nowhere, nowhere, values.new_empty(0)
+        return values, dense, *(torch.cat(parts) for parts in zip(*found, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, bias, _, keep, plan = inputs
-        ctx.save_for_backward(hidden, weight, bias, keep, *output[1:])
+        *tensors, plan = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
         ctx.plan = plan
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -196,7 +198,9 @@ class _Gradients(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        target: Tensor,
         keep: Tensor,
+        dense: Tensor,
         row: Tensor,
         column: Tensor,
         value: Tensor,
@@ -205,11 +209,15 @@ class _Gradients(torch.autograd.Function):
         needs: tuple[bool, ...],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         # The weight of an ignored row may be NaN.
-        value = value * upstream.to(value.dtype).masked_fill(~keep, 0.0)[row]
+        weights = upstream.to(value.dtype).masked_fill(~keep, 0.0)
+        value = value * weights[row]
+        # Those whose gradient has too many entries to list.
+        others = dense.nonzero()[:, 0].split(plan.chunk_size)
         d_hidden = d_weight = d_bias = None
         with torch.autocast(device_type=hidden.device.type, enabled=False):
+            head = weight.to(plan.dtype)
             if needs[0]:
-                found = _weighted_sums(row, column, value.to(plan.dtype), weight.to(plan.dtype))
+                found = _weighted_sums(row, column, value.to(plan.dtype), head)
                 d_hidden = hidden.new_zeros(hidden.shape)
                 d_hidden[found[0]] = found[1].to(hidden.dtype)
             if needs[1]:
@@ -217,19 +225,35 @@ class _Gradients(torch.autograd.Function):
                 states = hidden.to(value.dtype).masked_fill(~keep[:, None], 0.0)
                 order = column.argsort()
                 found = _weighted_sums(column[order], row[order], value[order], states)
-                d_weight = weight.new_zeros(weight.shape)
-                d_weight[found[0]] = found[1].to(weight.dtype)
+                d_weight = weight.new_zeros(weight.shape, dtype=value.dtype if len(others[0]) else weight.dtype)
+                d_weight[found[0]] = found[1].to(d_weight.dtype)
             if needs[2] and bias is not None:
-                d_bias = value.new_zeros(len(bias)).index_add_(0, column, value).to(bias.dtype)
-        return d_hidden, d_weight, d_bias
+                d_bias = value.new_zeros(len(bias)).index_add_(0, column, value)
+            offset = None if bias is None else bias.to(value.dtype)
+            for rows in others if len(others[0]) else ():
+                gradient = _dense_gradient(hidden[rows].to(plan.dtype), head, offset, target[rows], weights[rows], plan)
+                if d_hidden is not None:
+                    d_hidden[rows] = torch.mm(gradient.to(plan.dtype), head).to(hidden.dtype)
+                if d_weight is not None:
+                    d_weight.addmm_(gradient.t(), hidden[rows].to(value.dtype))
+                if d_bias is not None:
+                    d_bias += gradient.sum(0)
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         """Nothing is kept."""
 
 
-def _rows_of(logits: Tensor, target: Tensor, keep: Tensor, k: int) -> tuple[Tensor, _Entries]:
-    """Losses of some rows and their derivatives; rows that are not kept have derivatives of 0."""
+def _rows_of(logits: Tensor, target: Tensor, keep: Tensor, k: int) -> tuple[Tensor, _Entries, Tensor]:
+    """Losses of some rows and their derivatives, 0 in rows that are not kept and in those of the mask at the end.
+
+    The derivatives of the latter are not listed, because too many logits tie.
+    """
     largest, columns = logits.topk(min(k + 1, logits.shape[1]), -1, sorted=True)
     # One more than needed tells of ties; NaN and -inf have no equals that count.
     next_one = largest[:, k:]
@@ -237,13 +261,18 @@ def _rows_of(logits: Tensor, target: Tensor, keep: Tensor, k: int) -> tuple[Tens
     rows = ((next_one == smallest) & (smallest > -torch.inf)).nonzero()[:, 0]
     total = largest.logsumexp(-1)
     more: list[_Entries] = []
+    dense = torch.zeros_like(keep)
     if len(rows):
         # Some logit beyond the k largest is as large as the smallest of them.
         chosen = logits[rows] >= smallest[rows]
         total[rows] = logits[rows].masked_fill(~chosen, -torch.inf).logsumexp(-1)
-        beyond = chosen.scatter_(1, columns[rows], False).nonzero()
-        row, column = rows[beyond[:, 0]], beyond[:, 1]
-        more.append(_Entries(row, column, (logits[row, column] - total[row]).exp()))
+        chosen = chosen.scatter_(1, columns[rows], False)
+        if int(chosen.sum()) > len(logits) * (k + 1):
+            dense[rows] = keep[rows]
+        else:
+            beyond = chosen.nonzero()
+            row, column = rows[beyond[:, 0]], beyond[:, 1]
+            more.append(_Entries(row, column, (logits[row, column] - total[row]).exp()))
     of_target = logits.gather(1, target[:, None])[:, 0]
     row = torch.arange(len(logits), device=logits.device)[:, None].expand(-1, k + 1)
     column = torch.cat((columns, target[:, None]), 1)
@@ -253,7 +282,20 @@ def _rows_of(logits: Tensor, target: Tensor, keep: Tensor, k: int) -> tuple[Tens
         row, order = torch.cat((entries.row, other.row)).sort(stable=True)
         column, value = (torch.cat(pair)[order] for pair in zip(entries[1:], other[1:], strict=True))
         entries = _Entries(row, column, value)
-    return total - of_target, entries._replace(value=entries.value.masked_fill(~keep[entries.row], 0.0))
+    listed = keep & ~dense
+    return total - of_target, entries._replace(value=entries.value.masked_fill(~listed[entries.row], 0.0)), dense
+
+
+def _dense_gradient(
+    states: Tensor, head: Tensor, offset: Tensor | None, target: Tensor, weights: Tensor, plan: _Plan
+) -> Tensor:
+    """The derivatives of some weighted rows by all logits, from logits made again."""
+    logits = write_logits(states, head, offset, weights.new_empty(len(states), len(head)))
+    # Of these logits and not of those before: another shape of the product may round ties apart.
+    smallest = logits.topk(plan.k, -1, sorted=True).values[:, -1:]
+    gradient = torch.softmax(logits.masked_fill_(logits < smallest, -torch.inf), -1)
+    gradient.scatter_add_(1, target[:, None], gradient.new_full((len(states), 1), -1.0))
+    return gradient.mul_(weights[:, None])
 
 
 def _weighted_sums(into: Tensor, of: Tensor, value: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
