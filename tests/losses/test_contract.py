@@ -312,6 +312,21 @@ def test_bad_input(loss, change, error, match):
         loss(**{"input": logits, "target": target, **change})
 
 
+@losses
+def test_looking_for_wrong_targets_changes_nothing(loss):
+    logits, target = batch()
+    assert torch.equal(loss(logits, target, check=True), loss(logits, target))
+    with pytest.raises(ValueError, match=r"target must be in \[0, 7\)"):
+        loss(logits, target + CLASSES, check=True)
+
+
+@pytest.mark.gpu
+def test_targets_on_the_gpu_are_looked_at_on_demand():
+    logits, target = batch()
+    with pytest.raises(ValueError, match=r"target must be in \[0, 7\)"):
+        sparse_softmax_loss(logits.cuda(), (target + CLASSES).cuda(), k=3, check=True)
+
+
 def test_module_equals_function():
     module: nn.Module = TaiLrLoss(0.3, min_weight=0.2, label_smoothing=0.1, ignore_index=3, reduction="sum")
     logits, target = batch()

@@ -34,6 +34,7 @@ def entmax_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check: bool = False,
 ) -> Tensor:
     r"""The loss whose gradient is entmax less one-hot; it is exactly 0 once the target leads by a margin.
 
@@ -51,6 +52,7 @@ def entmax_loss(
         ignore_index: target of rows that count for nothing.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for one loss per row.
         normalizer: replaces the denominator of "mean", such as the number of tokens in all micro-batches of a step.
+        check: look for targets that are not classes on an accelerator, too, which waits for the device.
 
     Returns:
         A scalar, or shape `(...)` with "none"; float32 for half inputs, else dtype of `input`. All rows ignored gives 0
@@ -90,7 +92,7 @@ def entmax_loss(
     check_reduction(reduction, normalizer)
     if token_weight is not None:
         check_row_values("token_weight", token_weight, target)
-    keep = check_range(target, input.shape[-1], ignore_index)
+    keep = check_range(target, input.shape[-1], ignore_index, check=check)
     if alpha == 1.0:
         rows = negative_log_likelihood(input, target, keep, 0.0)[0]
     else:
@@ -109,6 +111,7 @@ def sparsemax_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check: bool = False,
 ) -> Tensor:
     r"""The loss whose gradient is sparsemax less one-hot; it is exactly 0 once the target leads by 1.
 
@@ -125,6 +128,7 @@ def sparsemax_loss(
         ignore_index: as there.
         reduction: as there.
         normalizer: as there.
+        check: as there.
 
     Returns:
         A scalar, or shape `(...)` with "none".
@@ -153,6 +157,7 @@ def sparsemax_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         normalizer=normalizer,
+        check=check,
     )
 
 

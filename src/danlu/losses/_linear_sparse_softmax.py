@@ -36,6 +36,7 @@ def linear_sparse_softmax_loss(
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
+    check: bool = False,
 ) -> Tensor:
     r"""[`sparse_softmax_loss`][danlu.losses.sparse_softmax_loss] of a linear head, without holding its logits.
 
@@ -58,6 +59,7 @@ def linear_sparse_softmax_loss(
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for one loss per row.
         normalizer: replaces the denominator of "mean", such as the number of tokens in all micro-batches of a step.
         chunk_size: rows per chunk; None as in [`linear_loss`][danlu.losses.linear_loss].
+        check: look for targets that are not classes on an accelerator, too, which waits for the device.
 
     Returns:
         A scalar (nats), or shape `(...)` with "none"; float32 for half inputs, else dtype of `input`. All rows ignored
@@ -102,7 +104,7 @@ def linear_sparse_softmax_loss(
         chunk_size = default_chunk(count, input.shape[-1], classes)
     else:
         check_integer("chunk_size", chunk_size, low=1)
-    keep = check_range(target, classes, ignore_index)
+    keep = check_range(target, classes, ignore_index, check=check)
     if k > classes:
         raise ValueError(f"k must be at most the number of classes, got {k} for {classes}")
     dtype = product_dtype(input, linear_weight, torch.is_autocast_enabled(input.device.type))
@@ -168,7 +170,8 @@ class _SparseRows(torch.autograd.Function):
         if not found:
             nowhere = target.new_empty(0)
             return values, dense, nowhere, nowhere, values.new_empty(0)
-        return values, dense, *(torch.cat(parts) for parts in zip(*found, strict=True))
+        row, column, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return values, dense, row, column, value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -41,6 +41,7 @@ def margin_softmax_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check: bool = False,
 ) -> Tensor:
     r"""Cross entropy of cosines, with a margin by which the target must lead.
 
@@ -63,6 +64,7 @@ def margin_softmax_loss(
         ignore_index: target of rows that count for nothing.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for one loss per row.
         normalizer: replaces the denominator of "mean".
+        check: look for targets that are not classes on an accelerator, too, which waits for the device.
 
     Returns:
         A scalar (nats), or shape `(...)` with "none"; float32 for half inputs, else dtype of `input`. All rows ignored
@@ -92,7 +94,7 @@ def margin_softmax_loss(
     check_reduction(reduction, normalizer)
     if token_weight is not None:
         check_row_values("token_weight", token_weight, target)
-    keep = check_range(target, input.shape[-1], ignore_index)
+    keep = check_range(target, input.shape[-1], ignore_index, check=check)
     rows = _rows(scores_of_kept_rows(input, keep), target.masked_fill(~keep, 0), kind, chosen, temperature)
     if token_weight is not None:
         rows = rows * token_weight.to(rows.dtype)
@@ -112,6 +114,7 @@ def linear_margin_softmax_loss(
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
+    check: bool = False,
 ) -> Tensor:
     r"""Margin softmax of features and class vectors, without ever holding the cosines of all rows.
 
@@ -133,6 +136,7 @@ def linear_margin_softmax_loss(
         reduction: as there.
         normalizer: as there.
         chunk_size: rows per chunk, as in [`linear_loss`][danlu.losses.linear_loss].
+        check: as there.
 
     Returns:
         A scalar (nats), or shape `(...)` with "none".
@@ -162,7 +166,7 @@ def linear_margin_softmax_loss(
     check_targets("input", input, target)
     check_floating("linear_weight", linear_weight)
     chosen = _check_options(kind, margin, temperature)
-    keep = check_range(target, linear_weight.shape[0], ignore_index)
+    keep = check_range(target, linear_weight.shape[0], ignore_index, check=check)
 
     vectors = linear_weight.float() if is_low_precision(linear_weight.dtype) else linear_weight
     features, vectors = F.normalize(scores_of_kept_rows(input, keep), dim=-1), F.normalize(vectors, dim=-1)

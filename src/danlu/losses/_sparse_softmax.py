@@ -23,6 +23,7 @@ def sparse_softmax_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    check: bool = False,
 ) -> Tensor:
     r"""Cross entropy whose denominator has the `k` largest logits only, for fine-tuning.
 
@@ -41,6 +42,7 @@ def sparse_softmax_loss(
         ignore_index: target of rows that count for nothing.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for one loss per row.
         normalizer: replaces the denominator of "mean", such as the number of tokens in all micro-batches of a step.
+        check: look for targets that are not classes on an accelerator, too, which waits for the device.
 
     Returns:
         A scalar (nats), or shape `(...)` with "none"; float32 for half inputs, else dtype of `input`. All rows ignored
@@ -75,7 +77,7 @@ def sparse_softmax_loss(
     check_reduction(reduction, normalizer)
     if token_weight is not None:
         check_row_values("token_weight", token_weight, target)
-    keep = check_range(target, input.shape[-1], ignore_index)
+    keep = check_range(target, input.shape[-1], ignore_index, check=check)
     if k > input.shape[-1]:
         raise ValueError(f"k must be at most the number of classes, got {k} for {input.shape[-1]}")
     scores = scores_of_kept_rows(input, keep)
