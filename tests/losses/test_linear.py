@@ -457,6 +457,23 @@ def test_masked_classes_and_nan_rows():
     assert d_hidden[others].isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [CrossEntropy(), LOSSES["emo_fixed"][0], LOSSES["callable"][0]])
+def test_what_stands_in_an_ignored_row_reaches_no_gradient(loss, reduction):
+    """Padding whose attention saw nothing is often NaN."""
+    (hidden, weight, bias), target = problem()
+    expected = gradients(
+        linear_loss(hidden, weight, target, loss, linear_bias=bias, chunk_size=16), [hidden, weight, bias]
+    )
+    broken = hidden.detach().clone()
+    broken[target == -100] = float("nan")
+    broken.requires_grad_()
+    value = linear_loss(broken, weight, target, loss, linear_bias=bias, chunk_size=16, reduction=reduction)
+    value = value.sum() / (target != -100).sum() if reduction == "none" else value
+    for mine, theirs in zip(gradients(value, [broken, weight, bias]), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_half_inputs(dtype, bias):

@@ -109,6 +109,21 @@ def test_linear_form_equals_the_dense_one(kind, chunk_size):
             torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_features_of_an_ignored_row_reach_no_gradient(kind):
+    features, vectors, target = draw(6, 8), draw(5, 8, seed=1).requires_grad_(), TARGET.clone()
+    target[2] = -100
+    expected = linear_margin_softmax_loss(features, vectors, target, kind=kind)
+    features[2] = math.nan
+    features.requires_grad_()
+    found = linear_margin_softmax_loss(features, vectors, target, kind=kind)
+    torch.testing.assert_close(found, expected)
+    (by_features, by_vectors) = torch.autograd.grad(found, (features, vectors))
+    assert by_features.isfinite().all()
+    assert (by_features[2] == 0).all()
+    torch.testing.assert_close(by_vectors, torch.autograd.grad(expected, vectors)[0])
+
+
 def test_only_directions_count():
     features, vectors = draw(6, 8), draw(5, 8, seed=1)
     value = linear_margin_softmax_loss(features, vectors, TARGET)

@@ -179,7 +179,8 @@ def _run(
                 else:
                     d_hidden[chunk] = torch.mm(gradient, head)
             if d_weight is not None:
-                _accumulate(d_weight, gradient, states)
+                # What stands in an ignored row may be NaN, and 0 times that is no 0.
+                _accumulate(d_weight, gradient, states.masked_fill(~batch.keep[chunk, None], 0.0))
             if d_bias is not None:
                 d_bias += logits.sum(0)
         return rows, (
