@@ -59,6 +59,10 @@ def check_everything_in_the_support():
         p = kernel.forward(x, alpha)
         assert (p.double().sum(-1) - 1).abs().max() < 1e-6
         compare(x, draw(2, 513, seed=1).float(), alpha)
+        # Relative to the largest, although all are small and the threshold is next to them.
+        x = 1e-4 * draw(1, 2000).float()
+        exact = rows._reference(x.double(), alpha)
+        assert (kernel.forward(x, alpha).double() - exact).abs().max() < 3e-6 * exact.max()
 
 
 def check_shapes():

@@ -116,6 +116,45 @@ def test_everything_in_the_support():
             torch.testing.assert_close(p.double(), exact, rtol=1e-7, atol=1e-12)
 
 
+def solved_in_logarithms(x: Tensor, alpha: float) -> Tensor:
+    """By halving the interval of the logarithm of the largest score's distance from the threshold."""
+    beta, z = alpha - 1, (alpha - 1) * (x - x.amax(-1, keepdim=True))
+    low, high = torch.zeros_like(z[..., :1]), torch.full_like(z[..., :1], beta * math.log(x.shape[-1]))
+    for _ in range(100):
+        middle = (low + high) / 2
+        total = (1 + middle.exp() * z).clamp(min=0).pow(1 / beta).sum(-1, keepdim=True)
+        below = beta * total.log() >= middle
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    p = (1 + low.exp() * z).clamp(min=0).pow(1 / beta)
+    return p / p.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+def test_nearly_equal_scores_keep_their_digits(impl, dtype):
+    """Their distance from the threshold is n to the power 1 - alpha: next to 1 it would vanish."""
+    for n, alpha in ((10, 6.0), (300, 4.0), (3000, 2.0), (3000, 2.5), (3000, 3.0), (32_000, 1.5), (32_000, 3.0)):
+        for scale in (1e-8, 1e-3):
+            x = draw(2, n, seed=n, scale=scale).to(dtype)
+            exact = solved_in_logarithms(x.double(), alpha)
+            error = (entmax(x, alpha, impl=impl).double() - exact).abs().max() / exact.max()
+            assert error <= (3e-6 if dtype == torch.float32 else 1e-7)
+
+
+def test_scores_at_the_threshold_are_outside():
+    """Up to rounding, which must not add to the support: sums that come out even, on coarse grids."""
+    for impl in ("cpp", "reference"):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            for size in range(1, 8):
+                # `size` scores of 1 and one of 1 - 1/size, which is the threshold.
+                x = torch.cat([torch.ones(size), torch.tensor([1.0 - 1.0 / size, -3.0])]).to(torch.float64)
+                x = x.to(dtype)
+                if float(x[size].double()) != 1.0 - 1.0 / size:
+                    continue
+                p = entmax(x, 2.0, impl=impl)
+                assert ((p > 0).tolist()) == [True] * size + [False, False]
+
+
 def test_the_last_candidates_are_not_cut_off():
     """Scores exactly at the edge, where the cut is rounded."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -16,6 +16,8 @@ CASES = {
     "entmax": family.entmax,
     "entmax:1.25": partial(family.entmax, alpha=1.25),
     "entmax:1.9": partial(family.entmax, alpha=1.9),
+    "entmax:3": partial(family.entmax, alpha=3.0),
+    "entmax:3:reference": partial(family.entmax, alpha=3.0, impl="reference"),
     "entmax:reference": partial(family.entmax, alpha=1.3, impl="reference"),
     "entmax:tensor": partial(family.entmax, alpha=torch.tensor(1.4, dtype=torch.float64)),
     "entmax15": family.entmax15,
@@ -39,6 +41,10 @@ CASES = {
 NOT_SHIFT_INVARIANT = {"taylor_softmax"}
 NOT_MONOTONE = {"taylor_softmax", "taylor_softmax:mean"}
 NOT_SYMMETRIC = {"taylor_softmax", "taylor_softmax:mean"}
+# A choice of the largest, or a kink, where all scores are equal.
+NOT_SMOOTH_AT_TIES = [
+    CASES[name] for name in ("sparse_softmax", "sparse_softmax:k", "soft_topk", "soft_topk:exp", "soft_topk:clip")
+]
 # Modules with the options that they need.
 MODULES = {
     "Entmax": partial(family.Entmax, 1.3),
@@ -183,6 +189,82 @@ def test_dtype_is_kept_and_rounded_once(function, dtype):
     wide = [CASES[name] for name in ("perturb_max", "perturb_max:logistic", "entmax:reference")]
     ulps = (256 if function in wide else 16) if dtype == torch.float32 else 1.01
     assert ((out.double() - exact).abs() <= ulps * unit).all()
+
+
+@only({name for name in CASES if name.startswith("soft_topk")})
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 30.0])
+def test_halves_are_within_two_ulps_of_float64(function, dtype, scale):
+    """Relative to each probability, however small: also in long rows and next to the edge of a support.
+
+    soft_topk promises that of its sum of k; its small numbers are flushed.
+    """
+    info = torch.finfo(dtype)
+    for n in (1, 2, 17, 600):
+        x = (scale / 3 * scores(20, n, seed=n)).to(dtype)
+        x[3] = x[3, 0]
+        x[4, ::2] = x[4, -1]
+        exact = function(x.double())
+        spacing = info.eps * torch.exp2(exact.clamp(min=info.smallest_normal).log2().floor())
+        assert ((function(x).double() - exact).abs() <= 2 * spacing).all()
+
+
+@functions
+def test_long_rows_in_single_precision_sum_to_one(function):
+    n = 32_000
+    for scale in (1.0, 1e-3, 0.0):
+        p = function(scale * scores(n).float())
+        assert abs(float(p.double().sum()) - 1) <= 2e-6
+        assert (p >= 0).all()
+
+
+@functions
+def test_rows_of_one_score(function):
+    infinity = float("inf")
+    p = function(torch.tensor([[3.0], [-1e30], [infinity], [-infinity], [float("nan")]]))
+    assert p[:4, 0].tolist() == [1.0, 1.0, 1.0, 0.0]
+    assert p[4].isnan()
+
+
+@functions
+def test_derivatives_of_all_orders_at_masks_and_ties(function):
+    """Finite everywhere, zero where masked, and those of the row without its masked scores."""
+    x = scores(5, 6, seed=3)
+    x[0, 1] = x[0, 4] = float("-inf")
+    x[1] = float("-inf")
+    x[2] = 0.75
+    x[3, 1:] = float("-inf")
+    v, u = scores(5, 6, seed=4), scores(5, 6, seed=5)
+
+    def derivatives(x, v, u):
+        x, v = x.clone().requires_grad_(), v.clone().requires_grad_()
+        (first,) = torch.autograd.grad((function(x) * v).sum(), x, create_graph=True)
+        # The derivative of a map that is linear in pieces does not depend on the scores.
+        second = torch.autograd.grad((first * u).sum(), (x, v), allow_unused=True, materialize_grads=True)
+        return first.detach(), *second
+
+    found = derivatives(x, v, u)
+    for one in found:
+        assert one.isfinite().all()
+        assert (one[x == float("-inf")] == 0).all()
+    kept = [0, 2, 3, 5]
+    for one, other in zip(found, derivatives(x[0, kept], v[0, kept], u[0, kept]), strict=True):
+        torch.testing.assert_close(one[0, kept], other, rtol=1e-9, atol=1e-11)
+    row = x[2].clone().requires_grad_()
+    if function not in NOT_SMOOTH_AT_TIES:
+        assert torch.autograd.gradgradcheck(function, row)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_as_many_as_there_are(n):
+    x = scores(3, n)
+    x[1] = 2.0
+    torch.testing.assert_close(family.sparse_softmax(x, k=n), family.softmax(x), rtol=1e-14, atol=0)
+    x[2, 0] = float("-inf")
+    torch.testing.assert_close(family.sparse_softmax(x, k=n), family.softmax(x), rtol=1e-14, atol=0)
+    for method in ("exp", "laplace", "sigmoid", "clip", "grad"):
+        full = family.soft_topk(x, n, method=method)
+        torch.testing.assert_close(full, (x > float("-inf")).double(), rtol=1e-12, atol=1e-12)
 
 
 @functions

@@ -53,23 +53,27 @@ def _forward(
     largest = tl.max(value, axis=0)
     masked = largest == float("-inf")
     z = BETA * (value - tl.where(masked, 0.0, largest))
-    sigma = tl.full((), 0.0, F)
+    # The inverse of how far the largest is from the threshold, which has its digits also where that is little.
+    v = tl.full((), 1.0, F)
     step = tl.full((), 1.0, F)
     count = 0
-    while (count < STEPS) & (step > TOLERANCE):
-        total, slope = _sums(1.0 - sigma + z, BETA, KIND)
+    while (count < STEPS) & (step > TOLERANCE * v):
+        total, slope = _sums(1.0 + v * z, BETA, KIND)
         # Newton on the norm.
-        step = (1.0 - tl.exp(-BETA * tl.log(total))) * total / slope
+        norm = total if KIND == 1 else tl.exp(BETA * tl.log(total))
+        step = (norm - v) / (1.0 + norm * (slope / total - 1.0) / v)
         # A masked row has no sum; NaN ends the loop.
-        sigma += tl.where(step > 0, step, 0.0)
+        v += tl.where(step > 0, step, 0.0)
         count += 1
-    d = 1.0 - sigma + z
+    d = 1.0 + v * z
+    # What is nearer to the threshold than rounding is at it.
+    kept = d > TOLERANCE
     if KIND == 1:
-        power = tl.where(d > 0, d, 0.0)
+        power = tl.where(kept, d, 0.0)
     elif KIND == 2:
-        power = tl.where(d > 0, d * d, 0.0)
+        power = tl.where(kept, d * d, 0.0)
     else:
-        power = tl.where(d > 0, tl.exp(1.0 / BETA * tl.log(tl.where(d > 0, d, 1.0))), 0.0)
+        power = tl.where(kept, tl.exp(1.0 / BETA * tl.log(tl.where(kept, d, 1.0))), 0.0)
     total = tl.sum(power, axis=0)
     power = tl.where(masked, 0.0, power / tl.where(masked, 1.0, total))
     power = tl.where(bad, float("nan"), power)

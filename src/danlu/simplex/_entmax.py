@@ -48,8 +48,10 @@ def entmax(input: Tensor, alpha: float | Tensor = 1.5, *, dim: int = -1, impl: I
         RuntimeError: `impl` names a kernel that cannot run here; the message says why.
 
     Numerics:
-        Half inputs are computed in float32 or wider and rounded once. Ties share equally. A single $+\infty$ gives the
-        one-hot vector. NaN stays within its slice. A fully masked slice has zero gradient. Everything is exact up to
+        Half inputs are computed in float32 or wider and rounded once; beyond $\alpha = 2$, where a probability at the
+        edge of the support is a root, all are computed in float64 (a tensor `alpha` on the CPU only). Ties share
+        equally. A single $+\infty$ gives the one-hot vector. NaN stays within its slice. A fully masked slice has zero
+        gradient. Everything is exact up to
         rounding also close to $\alpha = 1$, the gradient by alpha included, which there tends to
         $-\tfrac12 p_i\,(\log^2 p_i - \sum_j p_j \log^2 p_j)$; entmax with $\alpha = 1 + \varepsilon$ differs from
         softmax by about that times $\varepsilon$. The Jacobian is infinite at the edge of the support for
@@ -57,14 +59,16 @@ def entmax(input: Tensor, alpha: float | Tensor = 1.5, *, dim: int = -1, impl: I
 
     Cost:
         $O(N)$ and one pass over the scores where few of them are within $1/(\alpha-1)$ of the maximum: only those can
-        get a probability. For $\alpha \le 2$ Newton's method takes 2 to 9 steps on them, beyond 2 a bisection about
+        get a probability. For $\alpha \le 2$ Newton's method takes 2 to 10 steps on them, beyond 2 a bisection about
         50. Only the result is saved for the backward. A tensor `alpha` costs several passes in the backward. Second
         derivatives, `vmap`, reverse-mode `torch.func` transforms and `torch.compile(fullgraph=True)` work;
         forward-mode derivatives raise.
 
     Differences:
-        Newton on $\lVert\cdot\rVert_{1/(\alpha-1)}$ and not a bisection: exact, and faster. The gradient by alpha is
-        rearranged so that nothing cancels. The package `entmax` gives the uniform distribution for $\alpha = 1$.
+        Newton on $\lVert\cdot\rVert_{1/(\alpha-1)}$ and not a bisection: exact, and faster. Its unknown is the distance
+        of the largest score from the threshold and not the threshold, so that many nearly equal scores keep their
+        digits. The gradient by alpha is rearranged so that nothing cancels. The package `entmax` gives the uniform
+        distribution for $\alpha = 1$.
 
     Source:
         arXiv 1905.05702 and 1909.00015; "通向概率分布之路:盘点Softmax及其替代品" (2024-06-14), section on Entmax. The

@@ -1,12 +1,14 @@
 r"""What the alpha-entmax maps share: the threshold of a row, the map as an operator, and its derivatives.
 
-With $\beta = \alpha - 1$ and $z_i = \beta\,(x_i - \max x)$ the map is $p_i = [1 + z_i - \sigma]_+^{1/\beta}$, and
-$\sigma \in [0, 1)$ makes it sum to 1. The operator is opaque to compilers, so that the implementation is chosen where
-it runs; its derivatives of every order are given here.
+With $\beta = \alpha - 1$ and $z_i = \beta\,(x_i - \max x)$ the map is $p_i \propto [1 + v z_i]_+^{1/\beta}$, where
+$1/v \in [n^{-\beta}, 1]$ is the distance of the largest $\beta x$ from the threshold. Where many scores are nearly
+equal that distance is small, and would lose its digits in a threshold next to it. The operator is opaque to compilers,
+so that the implementation is chosen where it runs; its derivatives of every order are given here.
 
 Shape letters: `N` the length of the last axis; `...` any other axes.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -38,26 +40,38 @@ def entmax_of_rows(input: Tensor, alpha: Tensor, impl: str) -> Tensor:
     return _RowsOfTensor.apply(input, alpha, impl)
 
 
-# ------------------------------------------------------------------------------------------------------ the threshold
+# ------------------------------------------------------------------------------------------------------- the solution
 
 
 def _reference(input: Tensor, alpha: float | Tensor) -> Tensor:
     """The definition in torch operations, for one alpha or for one per row."""
-    scores = input.float() if is_low_precision(input.dtype) else input
+    scores = input.to(_wide(input, alpha))
     scores = scores.clamp(max=torch.finfo(scores.dtype).max)
     largest = scores.amax(-1, keepdim=True)
     masked = largest == float("-inf")
     scores = scores - largest.masked_fill(masked, 0.0)
     if isinstance(alpha, Tensor):
         alpha = alpha.to(scores)
-        found = torch.where(alpha == 1.0, torch.softmax(scores, -1), _powers(scores, _threshold(scores, alpha), alpha))
+        found = torch.where(alpha == 1.0, torch.softmax(scores, -1), _powers(scores, _scale(scores, alpha), alpha))
     elif alpha == 1.0:
         found = torch.softmax(scores, -1)
     else:
-        found = _powers(scores, _threshold(_candidates(scores, alpha), alpha), alpha)
-    # The threshold is rounded, which many small probabilities add up to something.
+        found = _powers(scores, _scale(_candidates(scores, alpha), alpha), alpha)
     found = found / found.sum(-1, keepdim=True)
     return found.masked_fill(masked, 0.0).to(input.dtype)
+
+
+def _wide(input: Tensor, alpha: float | Tensor) -> torch.dtype:
+    """Dtype of the arithmetic: float64 where less has too few digits, and where it is there and not slow.
+
+    At the edge of the support a probability is a power of a difference. Its digits count in half results, which have a
+    wide range, and beyond 2, where the power is a root: the rounding of float32 would become 2e-4 at 3, and 0.04 at 6.
+    """
+    device = input.device.type
+    rooted = _may_exceed(alpha - 1.0) if isinstance(alpha, float) or device == "cpu" else False
+    if (device == "cpu" and is_low_precision(input.dtype)) or (rooted and device in ("cpu", "cuda")):
+        return torch.float64
+    return torch.float32 if is_low_precision(input.dtype) else input.dtype
 
 
 def _candidates(scores: Tensor, alpha: float) -> Tensor:
@@ -69,35 +83,34 @@ def _candidates(scores: Tensor, alpha: float) -> Tensor:
     return scores.topk(count, sorted=False).values if 0 < count <= n // 8 else scores
 
 
-def _threshold(scores: Tensor, alpha: float | Tensor) -> Tensor:
-    r"""$\sigma$ of every row, for scores whose maximum is 0.
+def _scale(scores: Tensor, alpha: float | Tensor) -> Tensor:
+    r"""$v$ of every row, for scores whose maximum is 0: the root of $\|[1+vz]_+\|_{1/\beta} = v$.
 
-    Newton's method on the norm $\|[1+z-\sigma]_+\|_{1/\beta}$, which is convex for $\alpha \le 2$, so that it comes
-    from the left; the product of residual and slope falls by 4 in every step. Beyond 2 the interval is halved.
+    For $\alpha \le 2$ the norm is convex, so that Newton's method comes from the left; the product of residual and
+    slope falls by 4 in every step. Beyond 2 the interval of $\log v$ is halved.
     """
     beta = alpha - 1.0
     z = beta * scores
-    sigma = torch.zeros_like(scores[..., :1])
-    high = 1 - scores.shape[-1] ** (-_positive(beta)) + sigma
-    precise = scores.dtype == torch.float64
-    tolerance = 4 * torch.finfo(scores.dtype).eps
+    v = torch.ones_like(scores[..., :1])
+    low, precise = torch.zeros_like(v), scores.dtype == torch.float64
+    high = (low + beta * math.log(scores.shape[-1])).clamp(max=math.log(torch.finfo(scores.dtype).max) - 2)
+    exceeds = _may_exceed(beta)
+    bisects = torch.as_tensor(beta > 1.0, device=scores.device)
     # Without a look at the values, which waits for an accelerator, as many as can be needed.
     for _ in range(60 if precise else 32):
-        total, slope = _sums(z - sigma, beta)
-        step = -torch.expm1(-beta * total.log()) * total / slope
-        middle = (sigma + high) / 2
-        bisects = torch.as_tensor(beta > 1.0, device=scores.device)
-        inside = torch.where(bisects, _sums(z - middle, beta)[0] >= 1, True) if _may_exceed(beta) else None
-        if inside is None:
-            sigma = sigma + step
-        else:
-            high = torch.where(bisects & ~inside, middle, high)
-            step = torch.where(bisects, torch.where(inside, middle - sigma, 0.0), step)
-            sigma = sigma + step
-            step = torch.where(bisects, high - sigma, step)
-        if scores.device.type == "cpu" and bool((step.nan_to_num(0.0).abs() <= tolerance).all()):
+        total, slope = _sums(v * z, beta)
+        norm = torch.exp(beta * total.log())
+        step = (norm - v) / (1 + norm * (slope / total - 1) / v)
+        rest = (step / v).abs()
+        if exceeds:
+            middle = (low + high) / 2
+            below = beta * _sums(middle.exp() * z, beta)[0].log() >= middle
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            step, rest = torch.where(bisects, low.exp() - v, step), torch.where(bisects, high - low, rest)
+        v = v + step
+        if scores.device.type == "cpu" and bool((rest.nan_to_num(0.0) <= 4 * torch.finfo(scores.dtype).eps).all()):
             break
-    return sigma
+    return v
 
 
 def _may_exceed(beta: float | Tensor) -> bool:
@@ -127,14 +140,15 @@ def _sums(w: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     return powers.sum(-1, keepdim=True), lower.sum(-1, keepdim=True)
 
 
-def _powers(scores: Tensor, sigma: Tensor, alpha: float | Tensor) -> Tensor:
+def _powers(scores: Tensor, v: Tensor, alpha: float | Tensor) -> Tensor:
+    """$[1+vz]_+^r$, which sums to $v^r$."""
     beta = alpha - 1.0
-    w = beta * scores - sigma
+    w = v * (beta * scores)
+    # What is nearer to the threshold than rounding is at it. NaN is not outside.
+    outside = w <= 4 * torch.finfo(w.dtype).eps - 1
     if isinstance(beta, float) and beta in (0.5, 1.0):
-        d = (1 + w).clamp(min=0.0)
+        d = (1 + w).masked_fill(outside, 0.0)
         return d.square() if beta == 0.5 else d
-    # NaN is not outside.
-    outside = w <= -1
     return torch.exp(torch.log1p(w.masked_fill(outside, 0.0)) / _positive(beta)).masked_fill(outside, 0.0)
 
 

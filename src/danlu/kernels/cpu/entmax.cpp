@@ -2,6 +2,7 @@
 // probability: they are collected first, and all arithmetic on them is in double, so results are rounded once.
 #include "common.h"
 
+#include <algorithm>
 #include <limits>
 
 namespace danlu {
@@ -12,6 +13,8 @@ constexpr int64_t BLOCK = 64;
 constexpr int64_t GROUP = 1 << 15;
 // The product of the residual and the slope falls by 4 in every Newton step, so 100 is out of reach.
 constexpr int STEPS = 100;
+// Of the distance of the largest score from the threshold: what is nearer to it is at it, up to rounding.
+constexpr double EDGE = 1e-15;
 
 template <class T>
 struct Scratch {
@@ -61,14 +64,14 @@ struct Power {
   double operator()(double d) const { return whole ? integer_power(d, whole) : std::pow(d, r); }
 };
 
-// S = sum of d^r and T = sum of d^(r-1) over d = 1 + z - sigma > 0.
+// S = sum of d^r and T = sum of d^(r-1) over d = 1 + v z > 0.
 template <int whole>
-inline void sums(const double* z, int64_t n, double sigma, double& total, double& slope) {
+inline void sums(const double* z, int64_t n, double v, double& total, double& slope) {
   double S = 0, T = 0;
-  const double top = 1 - sigma;
 #pragma omp simd reduction(+ : S, T)
   for (int64_t i = 0; i < n; ++i) {
-    const double d = top + z[i] > 0 ? top + z[i] : 0;
+    const double distance = 1 + v * z[i];
+    const double d = distance > 0 ? distance : 0;
     double power = d > 0 ? 1 : 0;
     for (int j = 1; j < whole; ++j) power *= d;
     T += power;
@@ -77,10 +80,10 @@ inline void sums(const double* z, int64_t n, double sigma, double& total, double
   total = S, slope = T;
 }
 
-inline void sums_by_pow(const double* z, int64_t n, double sigma, double r, double& total, double& slope) {
+inline void sums_by_pow(const double* z, int64_t n, double v, double r, double& total, double& slope) {
   double S = 0, T = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const double d = 1 - sigma + z[i];
+    const double d = 1 + v * z[i];
     if (d > 0) {
       const double power = std::pow(d, r - 1);
       T += power, S += power * d;
@@ -89,38 +92,41 @@ inline void sums_by_pow(const double* z, int64_t n, double sigma, double r, doub
   total = S, slope = T;
 }
 
-inline void sums(const double* z, int64_t n, double sigma, const Power& power, double& total, double& slope) {
+inline void sums(const double* z, int64_t n, double v, const Power& power, double& total, double& slope) {
   switch (power.whole) {
-    case 1: return sums<1>(z, n, sigma, total, slope);
-    case 2: return sums<2>(z, n, sigma, total, slope);
-    case 3: return sums<3>(z, n, sigma, total, slope);
-    case 4: return sums<4>(z, n, sigma, total, slope);
-    default: return sums_by_pow(z, n, sigma, power.r, total, slope);
+    case 1: return sums<1>(z, n, v, total, slope);
+    case 2: return sums<2>(z, n, v, total, slope);
+    case 3: return sums<3>(z, n, v, total, slope);
+    case 4: return sums<4>(z, n, v, total, slope);
+    default: return sums_by_pow(z, n, v, power.r, total, slope);
   }
 }
 
-// sigma with sum [1 + z - sigma]_+^(1/beta) = 1, for z = beta (x - max x).
+// v with sum [1 + v z]_+^(1/beta) = v^(1/beta), for z = beta (x - max x); 1/v is how far the largest is from the
+// threshold. That distance is small where many scores are nearly equal, and the threshold would lose its digits.
 inline double solve(const double* z, int64_t n, double beta, const Power& power) {
-  double total, slope, sigma = 0;
+  double total, slope;
   if (beta > 1) {
-    // Not convex: halve the interval.
-    double high = 1 - std::pow(static_cast<double>(n), -beta);
-    for (int i = 0; i < STEPS && high - sigma > 1e-16; ++i) {
-      const double middle = 0.5 * (sigma + high);
-      sums(z, n, middle, power, total, slope);
-      (total >= 1 ? sigma : high) = middle;
+    // Not convex: halve the interval of log v.
+    double low = 0, high = std::min(beta * std::log(static_cast<double>(n)), 700.0);
+    for (int i = 0; i < STEPS && high - low > 1e-16 * high; ++i) {
+      const double middle = 0.5 * (low + high);
+      sums(z, n, std::exp(middle), power, total, slope);
+      (beta * std::log(total) >= middle ? low : high) = middle;
     }
-    return sigma;
+    return std::exp(low);
   }
+  double v = 1;
   for (int i = 0; i < STEPS; ++i) {
-    sums(z, n, sigma, power, total, slope);
+    sums(z, n, v, power, total, slope);
     // Newton on the norm: monotone from the left.
-    const double step = -std::expm1(-beta * std::log(total)) * total / slope;
+    const double norm = beta == 1 ? total : std::exp(beta * std::log(total));
+    const double step = (norm - v) / (1 + norm * (slope / total - 1) / v);
     if (!(step > 0)) break;
-    sigma += step;
-    if (step < 1e-15) break;
+    v += step;
+    if (step < 1e-15 * v) break;
   }
-  return sigma;
+  return v;
 }
 
 template <class T, class F = arithmetic<T>>
@@ -168,9 +174,12 @@ void forward_row(const T* x, T* p, int64_t n, double alpha, Scratch<T>& scratch)
     }
   }
   const Power power(1 / beta);
-  const double top = 1 - solve(z, count, beta, power);
+  const double v = solve(z, count, beta, power);
   double total = 0;
-  for (int64_t i = 0; i < count; ++i) total += z[i] = top + z[i] > 0 ? power(top + z[i]) : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double d = 1 + v * z[i];
+    total += z[i] = d > EDGE ? power(d) : 0;
+  }
   for (int64_t i = 0; i < count; ++i) store(p[index[i]], static_cast<F>(z[i] / total));
 }
 
