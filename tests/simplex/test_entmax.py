@@ -215,6 +215,11 @@ def test_one_alpha_per_head_and_per_row(impl):
     assert [name for name, _ in module.named_parameters()] == ["alpha"]
     module(x.float()).square().sum().backward()
     assert module.alpha.grad is not None
+    # A constant moves with its module and is saved with it.
+    module = Entmax(torch.tensor([1.4])).double()
+    assert module.alpha.dtype == DOUBLE
+    assert list(module.state_dict()) == ["alpha"]
+    assert not list(module.parameters())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -35,7 +35,7 @@ def _ten_largest(input: Tensor, *, dim: int) -> Tensor:
 _MAPS: Mapping[str, SimplexMap] = {
     "entmax125": partial(entmax, alpha=1.25),
     "entmax15": entmax15,
-    "perturb_max": partial(perturb_max, nodes=24),
+    "perturb_max": partial(perturb_max, nodes=32),
     "softmax": softmax,
     "sparse_softmax": _ten_largest,
     "sparsemax": sparsemax,

@@ -172,8 +172,8 @@ class Entmax(nn.Module):
         `forward(input) = entmax(input, alpha, dim=dim)`.
 
     Args:
-        alpha: $\alpha \ge 1$, a number or a tensor. An `nn.Parameter` is learned; it must be kept at 1 or above, such
-            as by `1 + sigmoid` of another parameter, which then goes to the function.
+        alpha: $\alpha \ge 1$, a number or a tensor, which becomes a buffer. An `nn.Parameter` is learned; it must be
+            kept at 1 or above, such as by `1 + sigmoid` of another parameter, which then goes to the function.
         dim: the axis that is normalized.
 
     Returns:
@@ -197,7 +197,12 @@ class Entmax(nn.Module):
 
     def __init__(self, alpha: float | Tensor = 1.5, dim: int = -1) -> None:
         super().__init__()
-        self.alpha = alpha if isinstance(alpha, Tensor) else _check_number(alpha)
+        self.alpha: float | Tensor
+        if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
+            # So that it moves with the module.
+            self.register_buffer("alpha", alpha)
+        else:
+            self.alpha = alpha if isinstance(alpha, Tensor) else _check_number(alpha)
         self.dim = dim
 
     def forward(self, input: Tensor) -> Tensor:

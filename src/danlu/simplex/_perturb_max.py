@@ -109,9 +109,11 @@ def perturb_max(input: Tensor, *, dim: int = -1, noise: NoiseName | Noise = "nor
         ValueError: `dim` does not exist or is empty, `nodes` is below 2, or the name of the noise is unknown.
 
     Numerics:
-        Half inputs are computed in float32 and rounded once. Error of the sum for normal noise: 3e-7 with 16 nodes,
-        1e-12 with 24; logistic: 2e-6 with 32, 1e-11 with 64. The ends are not differentiated, which is right up to the
-        same error. A fully masked slice has zero gradient. NaN stays within its slice.
+        Half inputs are computed in float32 and rounded once. Largest error of the sum, for 2 to 20 000 scores of
+        spread 0.3 to 10: 3e-12 for normal and 1e-10 for logistic noise with 64 nodes. Fewer do for few scores: at four,
+        normal noise needs 24 for 5e-12 and 16 for 5e-7, and with 24 is off by 5e-9 at 20 scores and by 3e-6 at 2000;
+        logistic noise is off by up to 5e-5 with 32. The ends are not differentiated, which is right up to the same
+        error. A fully masked slice has zero gradient. NaN stays within its slice.
 
     Cost:
         Time and memory $O(NK)$. For large `N` see
