@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from danlu.losses import topk_multilabel_loss
-from danlu.simplex import soft_topk
+from danlu.simplex import log_esp, soft_topk
 
 
 def problem(rows=5, classes=7, seed=0):
@@ -51,6 +51,21 @@ def test_trivial_rows_and_half_inputs():
     assert topk_multilabel_loss(hidden, torch.tensor([[True, False, False]])) == math.inf
     bad = torch.tensor([[math.nan, 0.0, 0.0], [0.0, 0.0, 0.0]])
     assert topk_multilabel_loss(bad, target[[2, 2]], reduction="none").isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_confident_rows_keep_their_digits(offset):
+    """The sum over sets and that over the labels are alike to float32: their difference is taken before."""
+    logits, target = torch.full((1, 1000), offset), torch.zeros(1, 1000, dtype=torch.bool)
+    logits[0, :10], target[0, :10] = offset + 20, True
+    # Sets that exchange one label: 10 times 990 of them, with the weight e^-20; those of two exchanges vanish.
+    exact = math.log1p(9900 * math.exp(-20))
+    loss = topk_multilabel_loss(logits, target)
+    assert loss.item() == pytest.approx(exact, rel=1e-5)
+    in_float = log_esp(logits, 10) - logits[target].sum()
+    assert abs(in_float.item() / exact - 1) > 0.2
+    assert loss.dtype == torch.float32
+    assert topk_multilabel_loss(logits.double(), target).item() == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ Shape letters: `V` classes; `...` batch axes.
 import torch
 from torch import Tensor
 
-from danlu._common.checks import check_bool, check_floating, check_same_device
+from danlu._common.checks import check_bool, check_floating, check_same_device, is_low_precision
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
 from danlu.simplex import log_esp
 
@@ -37,7 +37,8 @@ def topk_multilabel_loss(input: Tensor, target: Tensor, *, reduction: Reduction 
         ValueError: shapes or devices differ, or an unknown `reduction`.
 
     Numerics:
-        As in [`log_esp`][danlu.simplex.log_esp]. A label at a logit of $-\infty$ gives an infinite loss.
+        Computed in float64 and rounded once, so that a small loss keeps its digits. Otherwise as in
+        [`log_esp`][danlu.simplex.log_esp]. A label at a logit of $-\infty$ gives an infinite loss.
 
     Source:
         The article; compare arXiv 2210.01941 for distributions over subsets.
@@ -54,7 +55,8 @@ def topk_multilabel_loss(input: Tensor, target: Tensor, *, reduction: Reduction 
         raise ValueError(f"target must have the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}")
     check_same_device(input=input, target=target)
     check_reduction(reduction, None)
-    total = log_esp(input, target.sum(-1, keepdim=True))
-    chosen = torch.where(target, input.to(total.dtype), 0.0).sum(-1)
-    keep = torch.ones_like(total, dtype=torch.bool)
-    return reduce_loss(total - chosen, keep, reduction, None)
+    # Both are near k times the largest logit: in float32 nothing would be left of the difference of confident rows.
+    x = input.to(torch.float64)
+    rows = log_esp(x, target.sum(-1, keepdim=True)) - torch.where(target, x, 0.0).sum(-1)
+    rows = rows.to(torch.float32 if is_low_precision(input.dtype) else input.dtype)
+    return reduce_loss(rows, torch.ones_like(rows, dtype=torch.bool), reduction, None)

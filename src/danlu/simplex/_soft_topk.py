@@ -193,8 +193,8 @@ def log_esp(input: Tensor, k: int | Tensor, *, dim: int = -1) -> Tensor:
         ValueError: `k` is not a whole number in $[0, N]$, or `dim` does not exist.
 
     Numerics:
-        Computed in float64 by a contour sum, to a few units in the last place of the result's dtype. A NaN gives NaN in
-        its slice, $+\infty$ gives $+\infty$.
+        Computed in float64 by a contour sum and rounded once; the error is a few units in the last place of
+        $\sum_i |x_i|$ in float64. A NaN gives NaN in its slice, $+\infty$ gives $+\infty$.
 
     Source:
         As in [`soft_topk`][danlu.simplex.soft_topk].
