@@ -24,8 +24,14 @@ FAMILIES = sorted(
 
 # Files of a family that are not methods, with the reason why they have no trial of their own.
 NO_TRIAL = {
-    "attention/bands": "how ReRoPE is computed; the trial attention/rerope measures the method",
+    "attention/band_calls": "how ReRoPE is computed; the trial attention/rerope measures the method",
+    "attention/band_kernels": "how ReRoPE is computed",
+    "attention/bands": "how ReRoPE is computed",
+    "attention/log_n": "an option of ReRoPE",
     "attention/masks": "visibility rules shared by the attention functions",
+    "attention/rerope_backend": "how ReRoPE is computed",
+    "attention/rerope_cache": "generation with ReRoPE",
+    "attention/rerope_decode": "generation with ReRoPE",
     "diagnostics/bfgs": "the minimizer of the fits",
     "diagnostics/sum_of_powers": "what the fits share",
     "diagnostics/gradient_penalty": "reports only; the trial losses/gradient_penalty measures what it bounds",
@@ -117,6 +123,7 @@ NO_TRIAL = {
 }
 # Private files whose tests are those of the public functions that use them.
 NO_TEST = {
+    "attention/band_kernels",
     "attention/masks",
     "diagnostics/sum_of_powers",
     "flows/functional",

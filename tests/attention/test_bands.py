@@ -1,14 +1,14 @@
-"""Attention in bands equals the dense definition: outputs, gradients, padding, cross lengths, dtypes; and memory."""
+"""Attention in bands equals the dense definition: outputs, gradients, masks, cross lengths, dtypes; and memory."""
 
-import warnings
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from danlu.attention import ReRoPE, rerope_attention, rope_attention
-from danlu.attention._bands import _calls, visible_spans
+from danlu.attention import ReRoPE, _bands, rerope_attention, rope_attention
 
 # Keys, queries, window, slope; the first eight are the cases of the article's algorithm.
 CASES = [
@@ -47,9 +47,21 @@ def both(inputs, **options):
     return zip(*results, strict=True)
 
 
+causality = pytest.mark.parametrize("is_causal", [True, False])
+
+
+@pytest.fixture(params=["flash", "portable"])
+def kernel(request, monkeypatch):
+    """Both kernels; the portable one is what other devices run."""
+    if request.param == "portable":
+        monkeypatch.setattr(_bands, "has_flash", lambda query: False)
+    return request.param
+
+
+@causality
 @pytest.mark.parametrize(("keys", "queries", "window", "slope"), CASES)
-def test_equals_the_definition(keys, queries, window, slope):
-    for fast, dense in both(tensors(keys, queries), window=window, slope=slope):
+def test_equals_the_definition(keys, queries, window, slope, is_causal, kernel):
+    for fast, dense in both(tensors(keys, queries), window=window, slope=slope, is_causal=is_causal):
         torch.testing.assert_close(fast, dense, rtol=0, atol=1e-12)
 
 
@@ -67,46 +79,121 @@ def test_grouped_keys(key_heads):
         torch.testing.assert_close(fast, dense, rtol=0, atol=1e-12)
 
 
+@causality
 @pytest.mark.parametrize("queries", [40, 12, 1])
-def test_padding_on_both_sides(queries):
+@pytest.mark.parametrize("gaps", [False, True])
+def test_padding(queries, gaps, is_causal, kernel):
     visible = torch.ones(5, 40, dtype=torch.bool)
     visible[0, :13] = False
     visible[1, 33:] = False
     visible[2] = False
     visible[3, :5] = visible[3, 38:] = False
+    if gaps:
+        visible[4, 7:23] = visible[4, 38] = False
     inputs = tensors(40, queries, batch=5)
     with torch.no_grad():
         inputs[1][0, :, :13], inputs[2][0, :, :13] = torch.nan, torch.inf
-    for fast, dense in both(inputs, window=7, key_padding_mask=visible):
+        # Queries in padding, too.
+        inputs[0].transpose(1, 2)[~visible[:, 40 - queries :]] = torch.nan
+    options = {"window": 7, "is_causal": is_causal, "key_padding_mask": visible}
+    for fast, dense in both(inputs, **options):
         torch.testing.assert_close(fast, dense, rtol=0, atol=1e-12)
-    out = rope_attention(*inputs, key_padding_mask=visible, backend="banded")
-    torch.testing.assert_close(out, rope_attention(*inputs, key_padding_mask=visible, backend="reference"))
+    out = rope_attention(*inputs, is_causal=is_causal, key_padding_mask=visible, backend="banded")
+    expected = rope_attention(*inputs, is_causal=is_causal, key_padding_mask=visible, backend="reference")
+    torch.testing.assert_close(out, expected)
     assert torch.equal(out[2], torch.zeros_like(out[2]))
 
 
-@pytest.mark.parametrize("split", range(1, 38))
-def test_prefill_in_chunks(split):
+def masks(queries, keys):
+    generator = torch.Generator().manual_seed(5)
+    random = torch.rand(2, 4, queries, keys, generator=generator) > 0.6
+    random[0, 1, 3] = False
+    return {
+        "each head": random,
+        "each sample": random[:, :1],
+        "all": random[0, 0],
+        "column": random[:, :, :, :1],
+        "row": random[:1, :, :1],
+        "expanded": random[:, :1, :1].expand(2, 4, queries, keys),
+        "nothing": torch.zeros(queries, keys, dtype=torch.bool),
+        "everything": torch.ones(1, 1, dtype=torch.bool),
+    }
+
+
+@causality
+@pytest.mark.parametrize(("keys", "queries", "window", "slope"), [(150, 150, 20, 0.0), (150, 70, 100, 0.3)])
+@pytest.mark.parametrize("mask", masks(9, 9))
+def test_any_mask(mask, keys, queries, window, slope, is_causal, kernel):
+    attn_mask = masks(queries, keys)[mask]
+    for padding in (None, torch.arange(keys) >= torch.tensor([[0], [9]])):
+        options = {"window": window, "slope": slope, "is_causal": is_causal, "key_padding_mask": padding}
+        for fast, dense in both(tensors(keys, queries), attn_mask=attn_mask, **options):
+            torch.testing.assert_close(fast, dense, rtol=0, atol=1e-12)
+
+
+@causality
+@pytest.mark.parametrize("borders", [[0, 130], [0, 1, 9, 9, 10, 80, 130], [0, 0, 64, 128, 130, 130]])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_equals_separate_sequences(borders, dtype, is_causal, kernel):
+    inputs = tensors(130, 130, batch=1)
+    options = {"window": 12, "slope": 0.3, "is_causal": is_causal}
+    for fast, dense in both(inputs, cu_seqlens=torch.tensor(borders, dtype=dtype), **options):
+        torch.testing.assert_close(fast, dense, rtol=0, atol=1e-12)
+    packed = rerope_attention(*inputs, cu_seqlens=torch.tensor(borders, dtype=dtype), backend="banded", **options)
+    alone = [rerope_attention(*(x[:, :, low:high] for x in inputs), **options) for low, high in pairwise(borders)]
+    torch.testing.assert_close(packed, torch.cat(alone, 2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("split", range(38))
+def test_prefill_in_chunks(split, kernel):
     query, key, value = tensors(37, 37)
-    whole = rerope_attention(query, key, value, window=8, slope=0.3, backend="banded")
-    head = [x[:, :, :split] for x in (query, key, value)]
-    first = rerope_attention(*head, window=8, slope=0.3, backend="banded")
-    parts = [first]
-    if split < 37:
-        parts.append(rerope_attention(query[:, :, split:], key, value, window=8, slope=0.3, backend="banded"))
-    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-12)
+    options = {"window": 8, "slope": 0.3, "backend": "banded"}
+    whole = rerope_attention(query, key, value, **options)
+    head = rerope_attention(*(x[:, :, :split] for x in (query, key, value)), **options)
+    tail = rerope_attention(query[:, :, split:], key, value, **options)
+    torch.testing.assert_close(torch.cat((head, tail), 2), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("value_dim", [3, 16, 21])
+def test_value_size(value_dim, kernel):
+    query, key, value = tensors(80, 80)
+    wide = value.detach()[..., [i % 16 for i in range(value_dim)]].requires_grad_()
+    for fast, dense in both([query, key, wide], window=9):
+        torch.testing.assert_close(fast, dense, rtol=0, atol=1e-12)
+
+
+@causality
+@pytest.mark.parametrize("logn", ["train", "post"])
+@pytest.mark.parametrize("option", ["none", "padding", "gaps", "packed", "mask"])
+def test_log_n(logn, option, is_causal):
+    masked = torch.rand(2, 1, 90, 90, generator=torch.Generator().manual_seed(0)) > 0.2
+    options = {
+        "none": {},
+        "padding": {"key_padding_mask": torch.arange(90) >= torch.tensor([[0], [17]])},
+        "gaps": {"key_padding_mask": masked[:, 0, 0]},
+        "packed": {"cu_seqlens": torch.tensor([0, 30, 90])},
+        "mask": {"attn_mask": masked},
+    }[option]
+    inputs = tensors(90, 90, batch=1 if option == "packed" else 2)
+    for fast, dense in both(inputs, window=12, logn=logn, train_length=20, is_causal=is_causal, **options):
+        torch.testing.assert_close(fast, dense, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.3])
-def test_gradcheck(slope):
+@causality
+def test_gradcheck(slope, is_causal, kernel):
     inputs = tensors(11, 9, heads=2, key_heads=1, dim=4, batch=1)
-    assert torch.autograd.gradcheck(lambda *x: rerope_attention(*x, window=3, slope=slope, backend="banded"), inputs)
+    attention = partial(rerope_attention, window=3, slope=slope, is_causal=is_causal, backend="banded")
+    assert torch.autograd.gradcheck(attention, inputs)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_lower_precision(dtype, limit):
+@causality
+def test_lower_precision(dtype, limit, is_causal, kernel):
     inputs = tensors(150, 150, dtype=dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    out, dense = rerope_attention(*inputs, window=40, backend="banded"), rerope_attention(*exact, window=40)
+    attention = partial(rerope_attention, window=40, is_causal=is_causal)
+    out, dense = attention(*inputs, backend="banded"), attention(*exact)
     assert out.dtype == dtype
     assert (out.double() - dense).abs().max() <= limit
     for fast, slow in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(dense.sum(), exact), strict=True):
@@ -119,29 +206,6 @@ def test_far_keys_are_a_set():
     order = torch.cat((torch.randperm(160, generator=torch.Generator().manual_seed(3)), torch.arange(160, 200)))
     shuffled = rerope_attention(query, key[:, :, order], value[:, :, order], window=40, backend="banded")
     torch.testing.assert_close(shuffled[:, :, -1], out[:, :, -1], rtol=0, atol=1e-12)
-
-
-def test_every_visible_pair_is_scored_once():
-    for keys, queries, window, _ in CASES:
-        seen = torch.zeros(queries, keys, dtype=torch.int64)
-        for call in _calls(queries, keys, window):
-            rows, columns = torch.arange(keys)[call.rows], torch.arange(keys)[call.keys]
-            if call.is_causal:
-                assert len(rows) == len(columns)
-                seen[call.rows, call.keys] += torch.ones(len(rows), len(rows), dtype=torch.int64).tril()
-            elif call.mask_from is None:
-                seen[call.rows, call.keys] += 1
-            else:
-                distance = (rows + keys - queries)[:, None] - columns
-                seen[call.rows, call.keys] += ((distance >= 0) & (distance < window)).long()
-        assert torch.equal(seen, torch.ones(queries, keys, dtype=torch.int64).tril(keys - queries))
-
-
-def test_spans():
-    visible = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]).bool()
-    found = {span: samples.tolist() for span, samples in visible_spans(visible).items()}
-    assert found == {(1, 3): [0, 3], (0, 4): [1], (0, 0): [2]}
-    assert visible_spans(torch.tensor([[1, 0, 1]]).bool()) is None
 
 
 class Largest(TorchDispatchMode):
@@ -157,11 +221,24 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_scores_are_held():
-    inputs = tensors(4096, 4096, heads=1, key_heads=1, dim=8, batch=1, dtype=torch.float32)
+@pytest.mark.parametrize("option", ["causal", "both sides", "padding", "gaps", "packed", "mask", "log n"])
+def test_no_scores_are_held(option):
+    length = 8192
+    visible = torch.arange(length)[None] % 1000 > 17
+    options = {
+        "causal": {},
+        "both sides": {"is_causal": False},
+        "padding": {"key_padding_mask": torch.arange(length)[None] >= 100},
+        "gaps": {"key_padding_mask": visible},
+        "packed": {"cu_seqlens": torch.tensor([0, 1000, length])},
+        # One row, or the mask itself would be the largest tensor.
+        "mask": {"attn_mask": visible[None, None]},
+        "log n": {"logn": "post", "train_length": 100, "attn_mask": visible[None, None]},
+    }[option]
+    inputs = tensors(length, length, heads=1, key_heads=1, dim=4, batch=1, dtype=torch.float32)
     with Largest() as seen:
-        rerope_attention(*inputs, window=256).sum().backward()
-    assert seen.elements < 4096**2 / 4
+        rerope_attention(*inputs, window=256, **options).sum().backward()
+    assert seen.elements < length**2 / 4
 
 
 def test_a_second_derivative_is_refused():
@@ -173,6 +250,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_compiles_whole():
+    torch._dynamo.reset()
     inputs = tensors(80, 80, dtype=torch.float32)
     module = ReRoPE(window=8, backend="banded")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -181,31 +259,26 @@ def test_compiles_whole():
         torch.testing.assert_close(fast, slow)
 
 
-def test_what_the_kernels_cannot_do_is_refused_with_the_reason():
-    query, key, value = tensors(20, 20, requires_grad=False)
-    gaps = torch.ones(2, 20, dtype=torch.bool)
-    gaps[0, 4] = False
-    for options, reason in (
-        ({"is_causal": False}, "it is not causal"),
-        ({"attn_mask": torch.ones(20, 20).bool()}, "there is an attn_mask"),
-        ({"key_padding_mask": gaps}, "have gaps"),
+def test_compiles_whole_with_masks():
+    torch._dynamo.reset()
+    query, key, value = tensors(80, 80, dtype=torch.float32)
+    padding = torch.arange(80) >= torch.tensor([[0], [9]])
+    for options in (
+        {"key_padding_mask": padding},
+        {"attn_mask": padding[:, None, None], "is_causal": False},
+        {"logn": "post", "train_length": 8},
     ):
-        with pytest.raises(ValueError, match=reason):
-            rerope_attention(query, key, value, window=4, backend="banded", **options)
-    with pytest.raises(ValueError, match="head size of value"):
-        rope_attention(query, key, value[..., :5], backend="banded")
-    with pytest.raises(ValueError, match="backend must be"):
+        function = partial(rerope_attention, window=8, backend="banded", **options)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(query, key, value), function(query, key, value))
+    packed = partial(rerope_attention, window=8, backend="banded", cu_seqlens=torch.tensor([0, 30, 80]))
+    alone = [x[:1] for x in (query, key, value)]
+    torch.testing.assert_close(torch.compile(packed, fullgraph=True, backend="aot_eager")(*alone), packed(*alone))
+
+
+def test_unknown_backends_are_refused():
+    query, key, value = tensors(20, 20, requires_grad=False)
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'banded', 'reference', got 'flash'"):
         rope_attention(query, key, value, backend="flash")
     with pytest.raises(ValueError, match="backend must be"):
         ReRoPE(window=4, backend="flash")
-
-
-def test_falling_back_to_the_memory_of_all_scores_is_said():
-    query, key, value = tensors(256, 256, dim=4, batch=1, dtype=torch.float32, requires_grad=False)
-    with pytest.warns(UserWarning, match="holds all scores, because it is not causal"):
-        rerope_attention(query, key, value, window=64, is_causal=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rerope_attention(query, key, value, window=64)
-        rerope_attention(query, key, value, window=64, is_causal=False, backend="reference")
-        rerope_attention(query[:, :, :9], key[:, :, :9], value[:, :, :9], window=4, is_causal=False)

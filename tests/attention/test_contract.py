@@ -15,6 +15,7 @@ CASES = {
     "rope_attention": rope_attention,
     "rerope_attention": partial(rerope_attention, window=3),
     "rerope_attention_leaky": partial(rerope_attention, window=3, slope=0.3),
+    "rerope_attention_log_n": partial(rerope_attention, window=3, logn="train", train_length=5),
 }
 functions = pytest.mark.parametrize("function", CASES.values(), ids=CASES.keys())
 causality = pytest.mark.parametrize("is_causal", [True, False])
@@ -35,12 +36,15 @@ def tensors(*, heads=4, key_heads=2, queries=9, keys=9, dim=6, value_dim=5, batc
 
 def test_every_public_function_is_covered():
     public = {name for name in family.__all__ if inspect.isfunction(getattr(family, name))}
-    # Not from (query, key, value): span scores and what is read off them, in test_global_pointer.py.
-    assert public - {"decode_spans"} <= CASES.keys()
+    # Not from (query, key, value): span scores and what is read off them, in test_global_pointer.py; one step of
+    # decoding, in test_rerope_decode.py; a report.
+    assert public - {"decode_spans", "explain_backend", "rerope_decode"} <= CASES.keys()
     assert {name for name in family.__all__ if inspect.isclass(getattr(family, name))} == {
+        "BackendChoice",
         "EfficientGlobalPointer",
         "GlobalPointer",
         "ReRoPE",
+        "ReRoPECache",
     }
 
 
@@ -228,5 +232,5 @@ def test_class_equals_function():
         query, key, value, window=3, slope=0.25, is_causal=False, interleaved=True, key_padding_mask=mask
     )
     assert torch.equal(module(query, key, value, mask), expected)
-    assert "window=3, slope=0.25, base=10000.0, is_causal=False, interleaved=True" in repr(module)
+    assert "window=3, slope=0.25, base=10000.0, is_causal=False, interleaved=True, logn=None" in repr(module)
     assert module.state_dict() == {}

@@ -142,6 +142,15 @@ OPERATIONS: dict[str, Operation] = {
     "attention.rerope_attention": Operation(
         lambda q, k, v: attention.rerope_attention(q, k, v, window=3, slope=0.5, key_padding_mask=PADDING), QKV
     ),
+    "attention.rerope_attention:bands": Operation(
+        lambda q, k, v: attention.rerope_attention(
+            q, k, v, window=3, slope=0.5, key_padding_mask=PADDING, backend="banded"
+        ),
+        QKV,
+    ),
+    "attention.rerope_decode": Operation(
+        lambda q, k, v: attention.rerope_decode(q[:, :, -1:], k, v, window=3, slope=0.5, key_padding_mask=PADDING), QKV
+    ),
     "attention.rope_attention": Operation(
         lambda q, k, v: attention.rope_attention(q, k, v, key_padding_mask=PADDING), QKV
     ),
@@ -274,7 +283,10 @@ WHOLE_STEPS = {"optim.FoldedAdamW"}
 
 EXEMPT: dict[str, str] = {
     "losses.LinearStats": "a record",
+    "attention.BackendChoice": "a record",
+    "attention.ReRoPECache": "keeps no graph; rerope_decode and rerope_attention are its steps",
     "attention.decode_spans": "comparisons, integers",
+    "attention.explain_backend": "a report",
     "diagnostics.SpanScores": "a record",
     "diagnostics.span_f1": "sets of integers",
     "losses.virtual_adversarial_loss": "draws and differentiates by itself; symmetric_kl is its value, see its tests",

@@ -1,8 +1,9 @@
-r"""Causal attention in two bands with stock flash kernels: near keys with one rotation, far keys with another.
+r"""Attention in bands: near keys with one rotation, far keys with another, and no matrix of scores.
 
 A softmax row over near and far keys is the mean of the two bands' softmaxes, weighted by their sums of exponentials.
 The near band is sliding-window attention; the far band, keys at a distance of at least the window, is square causal
-attention of queries shifted by the window. No pair is scored twice and no matrix of scores is held.
+attention of queries shifted by the window. No pair is scored twice and no matrix of scores is held. Without a causal
+mask there are far keys on either side. Where more is hidden, tiles of rows look at the masks.
 
 The backward does not go through that mean: a flash backward recomputes the weights as $e^{S - \ell}$ from the
 log-sum-exp that it is given. Given the merged $\ell$ and output it returns the band's share of all gradients.
@@ -12,224 +13,267 @@ Shape letters: as in `danlu.attention._rerope`.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["banded_attention", "visible_spans", "why_not_banded"]
+from danlu._common.checks import is_low_precision
+from danlu.attention._band_calls import Call, Job, Masks, band_calls, call_mask, jobs, tile_calls, tile_mask
+from danlu.attention._band_kernels import additive, backward, forward
+from danlu.attention._masks import without_padding
 
-# Query rows of a tile of the near band. The keys of a tile reach over window + TILE - 1 slots, of which a row needs
-# `window`; small tiles waste less, and below 32 the calls cost more than they save.
-_TILE = 64
-
-
-def why_not_banded(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why the kernels cannot take these tensors; None if they can."""
-    if query.device.type != "cpu":
-        return f"there is no banded kernel for device {query.device.type!r}"
-    if query.shape[-1] != value.shape[-1]:
-        return f"the head size of value, {value.shape[-1]}, is not that of query, {query.shape[-1]}"
-    if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"dtype {query.dtype} is not supported"
-    return None
+__all__ = ["banded_attention", "has_flash"]
 
 
-def visible_spans(key_padding_mask: Tensor) -> dict[tuple[int, int], Tensor] | None:
-    """First visible slot and the one behind the last -> samples; None if the visible slots of a sample have gaps."""
-    slots = torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
-    count = key_padding_mask.sum(1)
-    last = torch.where(key_padding_mask, slots + 1, 0).amax(1)
-    first = torch.where(key_padding_mask, slots, len(slots)).amin(1).minimum(last)
-    if bool((last - first != count).any()):
-        return None
-    pairs, owner = torch.stack((first, last), 1).unique(dim=0, return_inverse=True)
-    return {(low, high): (owner == i).nonzero()[:, 0] for i, (low, high) in enumerate(pairs.tolist())}
+def has_flash(query: Tensor) -> bool:
+    """Whether there is a flash kernel that hands out and takes log-sum-exps; else tiles run in plain PyTorch."""
+    return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def banded_attention(
-    near_query: Tensor,
-    near_key: Tensor,
-    far_query: Tensor,
-    far_key: Tensor,
+    near: tuple[Tensor, Tensor],
+    far: tuple[Tensor, Tensor | None, Tensor] | None,
     value: Tensor,
     *,
     window: int,
     scale: float,
+    is_causal: bool,
+    masks: Masks,
+    portable: bool | None = None,
 ) -> Tensor:
-    r"""Causal attention with scores $s\,q^{(1)}_i k^{(1)}_j$ where $i - j < w$, and $s\,q^{(2)}_i k^{(2)}_j$ beyond.
+    r"""Attention with scores $s\,q^{(1)}_i k^{(1)}_j$ where $|i - j| < w$, and those of the far tensors beyond.
 
     Args:
-        near_query: $q^{(1)}$, shape `(B, H, M, D)`; queries are the last `M` of `N` slots.
-        near_key: $k^{(1)}$, shape `(B, H_kv, N, D)`.
-        far_query: $q^{(2)}$, shape of `near_query`.
-        far_key: $k^{(2)}$, shape of `near_key`.
-        value: shape `(B, H_kv, N, D)`.
+        near: $q^{(1)}$, shape `(B, H, M, D)`, whose rows are the last of `N` slots, and $k^{(1)}$, `(B, H_kv, N, D)`.
+        far: queries for far keys to the left, and to the right (None if causal), and far keys; None if $w \ge N$.
+        value: shape `(B, H_kv, N, E)`.
         window: $w \ge 1$.
         scale: $s$.
+        is_causal: whether keys to the right are hidden.
+        masks: what else is hidden.
+        portable: plain PyTorch instead of a flash kernel; None: where there is none.
     """
-    return _forward(near_query, near_key, far_query, far_key, value, min(window, near_key.shape[2]), scale)[0]
+    query, key = near
+    left, right, far_key = (None, None, None) if far is None else far
+    if portable is None:
+        portable = not has_flash(query)
+    channels = value.shape[-1]
+    tensors = [query, key, left, right, far_key, value]
+    if not portable and channels != query.shape[-1]:
+        # The kernel has one size; channels of zeros change neither scores nor the other values.
+        width = max(channels, query.shape[-1])
+        tensors = [None if x is None else nn.functional.pad(x, (0, width - x.shape[-1])) for x in tensors]
+    if portable and is_low_precision(query.dtype):
+        tensors = [None if x is None else x.float() for x in tensors]
+    given = masks.key_padding_mask, masks.cu_seqlens, masks.attn_mask
+    out = _forward(*tensors, *given, is_causal, min(window, key.shape[2]), scale, portable)[0].to(query.dtype)
+    return out if out.shape[-1] == channels else out[..., :channels]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a kernel: a band, its rows and keys, and which of them see each other."""
-
-    far: bool
-    rows: slice
-    keys: slice
-    is_causal: bool
-    # Of the keys' first slot behind the start of the tile's reach, where a mask is needed.
-    mask_from: int | None = None
-
-
-def _calls(rows: int, keys: int, window: int) -> Iterator[_Call]:
-    """The calls that cover every visible pair once, the far band first.
-
-    `keys` counts all slots; the rows are the last of them.
-    """
-    offset = keys - rows
-    first = offset - window
-    if first > 0:
-        yield _Call(True, slice(0, rows), slice(0, first), False)
-    start = max(0, -first)
-    if start < rows:
-        yield _Call(True, slice(start, rows), slice(first + start, first + rows), True)
-    begin = 0
-    if offset == 0:
-        begin = min(window, rows)
-        yield _Call(False, slice(0, begin), slice(0, begin), True)
-    for low in range(begin, rows, _TILE):
-        high = min(low + _TILE, rows)
-        reach = offset + low - window + 1
-        yield _Call(False, slice(low, high), slice(max(0, reach), offset + high), False, max(0, -reach))
-
-
-def _tile_mask(window: int, like: Tensor) -> Tensor:
-    """Additive mask of a tile: row `r` sees the columns `r` to `r + window - 1` of the tile's reach."""
-    row = torch.arange(_TILE, device=like.device)[:, None]
-    column = torch.arange(_TILE + window - 1, device=like.device)
-    hidden = (column < row) | (column >= row + window)
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
-
-
-def _masked(call: _Call, mask: Tensor) -> Tensor | None:
-    if call.mask_from is None:
-        return None
-    rows, width = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
-    return mask[:rows, call.mask_from : call.mask_from + width]
+# Places among the six tensors: near query and key, queries to the left and right, far key, value.
+_QUERIES = (0, 2, 3)
+_PLACES = {"near": (0, 1), "left": (2, 4), "right": (3, 4)}
+_VALUE = 5
 
 
 @torch.library.custom_op("danlu::banded_attention", mutates_args=())
 def _forward(
     near_query: Tensor,
     near_key: Tensor,
-    far_query: Tensor,
-    far_key: Tensor,
+    left_query: Tensor | None,
+    right_query: Tensor | None,
+    far_key: Tensor | None,
     value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
     window: int,
     scale: float,
+    portable: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
-    out, total = _like_out(near_query)
-    mask = _tile_mask(window, near_query)
-    for call in _calls(near_query.shape[2], near_key.shape[2], window):
-        query, key = (far_query, far_key) if call.far else (near_query, near_key)
-        part, part_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query[:, :, call.rows],
-            key[:, :, call.keys],
-            value[:, :, call.keys],
-            0.0,
-            call.is_causal,
-            attn_mask=_masked(call, mask),
-            scale=scale,
-        )
-        _merge(out[:, :, call.rows], total[:, :, call.rows], part, part_total)
+    tensors = _filled(near_query, near_key, left_query, right_query, far_key, value)
+    out, total = _like_out(near_query, value)
+    masks = Masks(key_padding_mask, cu_seqlens, attn_mask)
+    for job in jobs(near_query.shape[2], near_key.shape[2], masks, spans=not portable):
+        given = _taken(tensors, job, masks)
+        part, part_total = (_part(x, job.samples, job.rows) for x in (out, total))
+        for call, mask in _planned(job, masks, window, is_causal, portable, near_query):
+            query, key = _PLACES[call.band]
+            found = forward(
+                call,
+                given[query][:, :, call.rows],
+                given[key][:, :, call.keys],
+                given[_VALUE][:, :, call.keys],
+                mask,
+                scale,
+                portable,
+            )
+            _merge(part[:, :, call.rows], part_total[:, :, call.rows], *found)
+        _put(out, part, job.samples, job.rows)
+        _put(total, part_total, job.samples, job.rows)
     return out, total
-
-
-def _like_out(query: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return torch.zeros_like(query, memory_format=torch.contiguous_format), query.new_full(
-        query.shape[:3], -math.inf, dtype=wide
-    )
 
 
 @torch.library.custom_op("danlu::banded_attention_backward", mutates_args=())
 def _backward(
     near_query: Tensor,
     near_key: Tensor,
-    far_query: Tensor,
-    far_key: Tensor,
+    left_query: Tensor | None,
+    right_query: Tensor | None,
+    far_key: Tensor | None,
     value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    attn_mask: Tensor | None,
     out: Tensor,
     total: Tensor,
     upstream: Tensor,
+    is_causal: bool,
     window: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of both queries, both keys, and the value."""
-    queries = {True: torch.zeros_like(far_query), False: torch.zeros_like(near_query)}
-    keys = {True: torch.zeros_like(far_key), False: torch.zeros_like(near_key)}
-    values = torch.zeros_like(value)
-    mask = _tile_mask(window, near_query)
-    for call in _calls(near_query.shape[2], near_key.shape[2], window):
-        query, key = (far_query, far_key) if call.far else (near_query, near_key)
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            upstream[:, :, call.rows],
-            query[:, :, call.rows],
-            key[:, :, call.keys],
-            value[:, :, call.keys],
-            out[:, :, call.rows],
-            total[:, :, call.rows],
-            0.0,
-            call.is_causal,
-            attn_mask=_masked(call, mask),
-            scale=scale,
-        )
-        queries[call.far][:, :, call.rows] += parts[0]
-        keys[call.far][:, :, call.keys] += parts[1]
-        values[:, :, call.keys] += parts[2]
-    return queries[False], keys[False], queries[True], keys[True], values
+    portable: bool,
+) -> list[Tensor]:
+    """Gradients of the six tensors; those of absent ones are empty."""
+    tensors = _filled(near_query, near_key, left_query, right_query, far_key, value)
+    grads = [torch.zeros_like(x) for x in tensors]
+    masks = Masks(key_padding_mask, cu_seqlens, attn_mask)
+    # A row that sees nothing has weights of 0, and not exp(-inf + inf).
+    total = total.masked_fill(total == -math.inf, 0.0)
+    for job in jobs(near_query.shape[2], near_key.shape[2], masks, spans=not portable):
+        given, parts = _taken(tensors, job, masks), _taken(grads, job, Masks())
+        of_rows = [_part(x, job.samples, job.rows) for x in (upstream, out, total)]
+        for call, mask in _planned(job, masks, window, is_causal, portable, near_query):
+            query, key = _PLACES[call.band]
+            found = backward(
+                call,
+                [x[:, :, call.rows] for x in of_rows],
+                given[query][:, :, call.rows],
+                given[key][:, :, call.keys],
+                given[_VALUE][:, :, call.keys],
+                mask,
+                scale,
+                portable,
+            )
+            for place, where, grad in zip((query, key, _VALUE), (call.rows, call.keys, call.keys), found, strict=True):
+                parts[place][:, :, where] += grad
+        for i, (grad, part) in enumerate(zip(grads, parts, strict=True)):
+            _put(grad, part, job.samples, job.rows if i in _QUERIES else job.keys)
+    return grads
+
+
+def _planned(
+    job: Job, masks: Masks, window: int, is_causal: bool, portable: bool, like: Tensor
+) -> Iterator[tuple[Call, Tensor | None]]:
+    """The calls of a job and their additive masks."""
+    rows, keys = job.rows.stop - job.rows.start, job.keys.stop - job.keys.start
+    if not job.masked and not portable:
+        mask = additive(tile_mask(window, is_causal, like.device), like.dtype)
+        for call in band_calls(rows, keys, window, is_causal):
+            high, width = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
+            yield call, mask[:high, call.mask_from : call.mask_from + width] if call.shape == "tile" else None
+        return
+    for call in tile_calls(rows, keys, window, is_causal):
+        visible = call_mask(call, rows, keys, window, is_causal, masks if job.masked else Masks(), like.device)
+        if like.device.type == "cpu":
+            # Looking is free here, and skips what is hidden altogether.
+            if not bool(visible.any()):
+                continue
+            if bool(visible.all()):
+                yield call, None
+                continue
+        yield call, additive(visible, like.dtype)
+
+
+def _filled(*tensors: Tensor | None) -> list[Tensor]:
+    """The tensors, and one without dimensions to speak of for each that is absent."""
+    return [torch.empty(0) if x is None else x for x in tensors]
+
+
+def _taken(tensors: list[Tensor], job: Job, masks: Masks) -> list[Tensor]:
+    """What a job needs of the six tensors, without the contents of padding if its calls must look at it."""
+    found = []
+    for i, tensor in enumerate(tensors):
+        if tensor.ndim == 1:
+            found.append(tensor)
+            continue
+        part = _part(tensor, job.samples, job.rows if i in _QUERIES else job.keys)
+        if job.masked and masks.key_padding_mask is not None:
+            part = without_padding(part, masks.key_padding_mask[:, -part.shape[2] :])
+        found.append(part)
+    return found
+
+
+def _part(tensor: Tensor, samples: Tensor | None, place: slice) -> Tensor:
+    """A view, or a copy of some samples."""
+    return tensor[:, :, place] if samples is None else tensor[samples, :, place]
+
+
+def _put(tensor: Tensor, part: Tensor, samples: Tensor | None, place: slice) -> None:
+    """Write back what was a copy."""
+    if samples is not None and tensor.ndim > 1:
+        tensor[samples, :, place] = part
+
+
+def _like_out(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return out, query.new_full(query.shape[:3], -math.inf, dtype=wide)
 
 
 @_forward.register_fake
 def _(
     near_query: Tensor,
     near_key: Tensor,
-    far_query: Tensor,
-    far_key: Tensor,
+    left_query: Tensor | None,
+    right_query: Tensor | None,
+    far_key: Tensor | None,
     value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
     window: int,
     scale: float,
+    portable: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _like_out(near_query)
+    return _like_out(near_query, value)
 
 
 @_backward.register_fake
 def _(
     near_query: Tensor,
     near_key: Tensor,
-    far_query: Tensor,
-    far_key: Tensor,
+    left_query: Tensor | None,
+    right_query: Tensor | None,
+    far_key: Tensor | None,
     value: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    attn_mask: Tensor | None,
     out: Tensor,
     total: Tensor,
     upstream: Tensor,
+    is_causal: bool,
     window: int,
     scale: float,
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for x in (near_query, near_key, far_query, far_key, value))
+    portable: bool,
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in _filled(near_query, near_key, left_query, right_query, far_key, value)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.window, ctx.scale = inputs[5:]
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.options = inputs[9:]
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(*ctx.saved_tensors, grad, ctx.window, ctx.scale), None, None)
+    given = ctx.saved_tensors
+    found = _backward(*given, grad, *ctx.options)
+    grads = (None if x is None else g for x, g in zip(given[:6], found, strict=True))
+    return (*grads, None, None, None, None, None, None, None)
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -243,7 +287,9 @@ _backward.register_autograd(_refuse)
 def _merge(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
     """Take a band into the output and its log-sum-exp, which is -inf where nothing has been seen yet."""
     merged = torch.logaddexp(total, part_total)
-    seen = (total - merged).exp_()[..., None].to(out.dtype)
-    fresh = (part_total - merged).exp_()[..., None].to(out.dtype)
+    # Where neither has seen anything both shares are 0.
+    level = merged.masked_fill(merged == -math.inf, 0.0)
+    seen = (total - level).exp_()[..., None].to(out.dtype)
+    fresh = (part_total - level).exp_()[..., None].to(out.dtype)
     out.mul_(seen).addcmul_(fresh, part)
     total.copy_(merged)

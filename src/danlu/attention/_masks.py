@@ -4,13 +4,18 @@ import torch
 from torch import Tensor
 
 from danlu._common.checks import broadcasts_to, check_bool, check_floating, check_real, check_same_device
+from danlu.positions import rope_frequencies
 
 __all__ = [
     "attend",
     "check_attention",
     "check_attn_mask",
+    "check_cu_seqlens",
     "check_key_padding_mask",
     "grouped_matmul",
+    "masked_softmax",
+    "resolve_frequencies",
+    "segments",
     "visible_keys",
     "without_padding",
 ]
@@ -38,6 +43,21 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | No
         check_real("scale", scale)
 
 
+def resolve_frequencies(inv_freq: Tensor | None, query: Tensor) -> Tensor:
+    """The frequencies on the query's device, by default those of its head size."""
+    if inv_freq is None:
+        if query.shape[-1] % 2 or query.shape[-1] == 0:
+            raise ValueError(f"head_dim must be even and positive without inv_freq, got query {tuple(query.shape)}")
+        return rope_frequencies(query.shape[-1]).to(query.device)
+    check_floating("inv_freq", inv_freq)
+    if inv_freq.ndim != 1 or 2 * inv_freq.shape[0] > query.shape[-1]:
+        raise ValueError(
+            f"inv_freq must have shape (R / 2,) with R at most {query.shape[-1]}, got {tuple(inv_freq.shape)}"
+        )
+    check_same_device(query=query, inv_freq=inv_freq)
+    return inv_freq
+
+
 def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
     """Raise unless `mask` is None or a boolean tensor (B, N) on the keys' device."""
     if mask is None:
@@ -61,8 +81,42 @@ def check_attn_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
     check_same_device(query=query, attn_mask=mask)
 
 
+def check_cu_seqlens(
+    cu_seqlens: Tensor | None, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> None:
+    """Raise unless `cu_seqlens` is None or the borders of sequences that fill the only sample."""
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {kind}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+    if key_padding_mask is not None or attn_mask is not None:
+        raise ValueError("cu_seqlens is for packed sequences, which have no key_padding_mask and no attn_mask")
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
+        raise ValueError(f"cu_seqlens needs one sample and as many queries as keys, got {shapes}")
+    check_same_device(query=query, cu_seqlens=cu_seqlens)
+    # Looking at values would wait for a GPU.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != key.shape[2] or borders != sorted(borders):
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of slots, {key.shape[2]}, got {borders}")
+
+
+def segments(cu_seqlens: Tensor, count: int) -> Tensor:
+    """Which sequence each of the `count` slots belongs to."""
+    slots = torch.arange(count, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens.to(torch.int64), slots, right=True) - 1
+
+
 def visible_keys(
-    distance: Tensor, is_causal: bool, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    distance: Tensor,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | None:
     """Visibility broadcastable to (B, H, M, N), from signed distances (query slot minus key slot); None means all.
 
@@ -71,6 +125,10 @@ def visible_keys(
     visible = (distance >= 0)[None, None] if is_causal else None
     if attn_mask is not None:
         visible = attn_mask if visible is None else visible & attn_mask
+    if cu_seqlens is not None:
+        owner = segments(cu_seqlens, distance.shape[1])
+        same = (owner[:, None] == owner)[None, None]
+        visible = same if visible is None else visible & same
     if key_padding_mask is None:
         return visible
     own = key_padding_mask[:, key_padding_mask.shape[1] - distance.shape[0] :]
@@ -91,14 +149,17 @@ def attend(scores: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         value: shape `(B, H_kv, N, E)` with `H` a multiple of `H_kv`, dtype of the scores.
         visible: broadcastable to the scores, or None.
     """
-    if visible is not None:
-        empty = ~visible.any(dim=-1, keepdim=True)
-        # Filled before and after, so that an empty row is outside the graph instead of 0 * NaN within it.
-        scores = scores.masked_fill(~visible & ~empty, float("-inf")).masked_fill(empty, 0.0)
-        weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
-    else:
-        weights = torch.softmax(scores, dim=-1)
-    return grouped_matmul(weights, value)
+    return grouped_matmul(masked_softmax(scores, visible), value)
+
+
+def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax along the last dimension over what is visible; a row without any has weights 0 and no gradient."""
+    if visible is None:
+        return torch.softmax(scores, dim=-1)
+    empty = ~visible.any(dim=-1, keepdim=True)
+    # Filled before and after, so that an empty row is outside the graph instead of 0 * NaN within it.
+    scores = scores.masked_fill(~visible & ~empty, float("-inf")).masked_fill(empty, 0.0)
+    return torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
 
 
 def grouped_matmul(first: Tensor, second: Tensor) -> Tensor:

@@ -6,31 +6,28 @@ Shape letters: `B` batch; `H` query heads; `H_kv` key heads, dividing `H`; `N` k
 `N` slots; `D` head size; `E` value size.
 """
 
-import warnings
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from danlu._common.checks import check_floating, check_integer, check_real, check_same_device, is_low_precision
-from danlu.attention._bands import banded_attention, visible_spans, why_not_banded
+from danlu._common.checks import check_integer, check_real, is_low_precision
+from danlu.attention._band_calls import Masks
+from danlu.attention._bands import banded_attention
+from danlu.attention._log_n import LogN, check_log_n, count_visible, log_n_factor
 from danlu.attention._masks import (
     attend,
     check_attention,
     check_attn_mask,
+    check_cu_seqlens,
     check_key_padding_mask,
     grouped_matmul,
+    resolve_frequencies,
     visible_keys,
     without_padding,
 )
+from danlu.attention._rerope_backend import Backend, check_backend, in_bands
 from danlu.positions import apply_rope, rope_frequencies
 
 __all__ = ["ReRoPE", "rerope_attention", "rope_attention"]
-
-Backend = Literal["auto", "banded", "reference"]
-
-# From so many scores of a head on, attention in bands is faster than the dense definition.
-_BANDED_FROM = 2**16
 
 
 def rope_attention(
@@ -42,7 +39,10 @@ def rope_attention(
     scale: float | None = None,
     is_causal: bool = True,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    logn: LogN | None = None,
+    train_length: int | None = None,
     interleaved: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -63,27 +63,33 @@ def rope_attention(
         is_causal: a query sees the keys of its own and earlier slots; else all keys.
         key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. A query whose own slot is hidden
             is padding, too, and sees nothing.
+        cu_seqlens: int32 or int64, shape `(sequences + 1,)`, from 0 to `N`: borders of sequences that are packed one
+            after the other into the only sample; positions and visibility start anew in each. None means one sequence.
         attn_mask: bool, broadcastable to `(B, H, M, N)`, True = visible, on top of the other rules; None means all are.
+        logn: None, or scale the query that sees $n$ keys: "train" by $\log \max(n, 2) / \log T$, for models that were
+            trained with it; "post" by $\max(1, \log n / \log T)$, for models that were not.
+        train_length: $T \ge 2$ of `logn` (tokens).
         interleaved: rotate neighboring channels instead of halves.
-        backend: "reference" is the dense definition; "banded" uses stock flash kernels and never holds the scores; with
-            "auto" the latter where it can run and there are scores enough to gain.
+        backend: "reference" is the dense definition; "banded" never holds the scores, see
+            [`explain_backend`][danlu.attention.explain_backend]; "auto" takes the latter from a size on.
 
     Returns:
         Shape `(B, H, M, E)`, dtype of `query`. A query that sees no key gets exactly 0 and no gradient.
 
     Raises:
-        TypeError: not floating tensors of one dtype, or a mask that is not bool.
-        ValueError: shapes or devices that do not fit, an odd `D` without `inv_freq`, or "banded" where it cannot run;
-            the message has the shapes or the reason.
+        TypeError: not floating tensors of one dtype, a mask that is not bool, or `cu_seqlens` that are not integers.
+        ValueError: shapes or devices that do not fit, an odd `D` without `inv_freq`, `cu_seqlens` with another mask or
+            that do not rise from 0 to `N` (looked at on the CPU only), or `logn` without `train_length`; the message
+            has the shapes or values.
 
     Numerics:
         Half inputs are computed in float32 and rounded once; float64 stays float64. Angles are float64. Values of
         hidden keys cannot leak, not even NaN.
 
     Cost:
-        $O(MND)$ time. In bands, on the CPU for causal attention with $E = D$, without `attn_mask` and with visible keys
-        that have no gaps: memory $O(BHND)$, the time of `scaled_dot_product_attention` and of the rotations, and no
-        second derivative. Else $O(BHMN)$ memory.
+        $O(MND)$ time. In bands memory is $O(BHND)$, or $O(BHND + bN)$ with masks that have gaps, $b$ = 64 rows times
+        the heads and samples that the mask tells apart; the time is that of `scaled_dot_product_attention` and of the
+        rotations; there is no second derivative. The dense definition has $O(BHMN)$ memory.
 
     Source:
         Su et al. (2021), arXiv 2104.09864.
@@ -95,20 +101,27 @@ def rope_attention(
         >>> rope_attention(x, x, x)[0, 0, 0]
         tensor([1., 0., 0., 0.])
     """
-    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask, attn_mask)
-    if _in_bands(backend, query, key, value, is_causal, key_padding_mask, attn_mask):
-        slots = torch.arange(key.shape[2], device=key.device)
+    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask, cu_seqlens, attn_mask)
+    check_log_n(logn, train_length)
+    masks = Masks(key_padding_mask, cu_seqlens, attn_mask)
+    factor = _query_factor(query, key, is_causal, masks, logn, train_length)
+    count = key.shape[2]
+    slots = torch.arange(count, device=key.device)
+    query_slots = slots[count - query.shape[2] :]
+    if in_bands(backend, query, key):
         near = (
-            apply_rope(query, slots[key.shape[2] - query.shape[2] :], frequencies, interleaved=interleaved),
+            _turned_query(query, factor, query_slots, frequencies, interleaved),
             apply_rope(key, slots, frequencies, interleaved=interleaved),
         )
-        return _by_spans(near, near, value, key.shape[2], scale, key_padding_mask)
+        return banded_attention(
+            near, None, value, window=max(1, count), scale=_scale(query, scale), is_causal=is_causal, masks=masks
+        )
     dtype = query.dtype
     query, key, value = _prepared(query, key, value, key_padding_mask)
-    slots, distance = _slots(query, key)
-    rotated = _rotate(query, slots[key.shape[2] - query.shape[2] :], frequencies, interleaved, scale)
+    rotated = _turned_query(query, factor, query_slots, frequencies, interleaved) * _scale(query, scale)
     scores = grouped_matmul(rotated, apply_rope(key, slots, frequencies, interleaved=interleaved).transpose(-2, -1))
-    return attend(scores, value, visible_keys(distance, is_causal, key_padding_mask, attn_mask)).to(dtype)
+    visible = visible_keys(query_slots[:, None] - slots, is_causal, key_padding_mask, attn_mask, cu_seqlens)
+    return attend(scores, value, visible).to(dtype)
 
 
 def rerope_attention(
@@ -122,7 +135,10 @@ def rerope_attention(
     scale: float | None = None,
     is_causal: bool = True,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    logn: LogN | None = None,
+    train_length: int | None = None,
     interleaved: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -148,25 +164,31 @@ def rerope_attention(
         is_causal: a query sees the keys of its own and earlier slots; else all keys, with $g(-t) = -g(t)$.
         key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. A query whose own slot is hidden
             is padding, too, and sees nothing.
+        cu_seqlens: int32 or int64, shape `(sequences + 1,)`, from 0 to `N`: borders of sequences that are packed one
+            after the other into the only sample; positions and visibility start anew in each. None means one sequence.
         attn_mask: bool, broadcastable to `(B, H, M, N)`, True = visible, on top of the other rules; None means all are.
+        logn: None, or scale the query that sees $n$ keys: "train" by $\log \max(n, 2) / \log T$, for models that were
+            trained with it; "post" by $\max(1, \log n / \log T)$, for models that were not.
+        train_length: $T \ge 2$ of `logn` (tokens).
         interleaved: rotate neighboring channels instead of halves.
-        backend: "reference" is the dense definition; "banded" uses stock flash kernels and never holds the scores; with
-            "auto" the latter where it can run and there are scores enough to gain.
+        backend: "reference" is the dense definition; "banded" never holds the scores, see
+            [`explain_backend`][danlu.attention.explain_backend]; "auto" takes the latter from a size on.
 
     Returns:
         Shape `(B, H, M, E)`, dtype of `query`. A query that sees no key gets exactly 0 and no gradient.
 
     Raises:
         TypeError: not floating tensors of one dtype, a mask that is not bool, or options of a wrong type.
-        ValueError: `window` < 1, `slope` < 0, shapes or devices that do not fit, or "banded" where it cannot run.
+        ValueError: `window` < 1, `slope` < 0, and as in [`rope_attention`][danlu.attention.rope_attention].
 
     Numerics:
         As in [`rope_attention`][danlu.attention.rope_attention], to which it is equal bit for bit when $w \ge N$.
 
     Cost:
-        In bands, see [`rope_attention`][danlu.attention.rope_attention], one causal attention's work: every pair is
-        scored once, near ones in a sliding window and far ones in a square causal call on keys shifted by the window,
-        and the outputs are merged by their log-sum-exps. The dense definition has two score matrices (three without
+        In bands, see [`rope_attention`][danlu.attention.rope_attention], one attention's work: every pair is scored
+        once, near ones in a sliding window and far ones in a square causal call on keys shifted by the window (and its
+        mirror image without `is_causal`), and the outputs are merged by their log-sum-exps. With masks that have gaps
+        tiles of 64 rows take both bands' keys in reach. The dense definition has two score matrices (three without
         `is_causal`) and $O(BHMN)$ memory.
 
     Differences:
@@ -185,7 +207,7 @@ def rerope_attention(
     """
     check_integer("window", window, low=1)
     check_real("slope", slope, low=0.0)
-    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask, attn_mask)
+    frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask, cu_seqlens, attn_mask)
     count = key.shape[2]
     if window >= count:
         return rope_attention(
@@ -196,40 +218,47 @@ def rerope_attention(
             scale=scale,
             is_causal=is_causal,
             key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
             attn_mask=attn_mask,
+            logn=logn,
+            train_length=train_length,
             interleaved=interleaved,
             backend=backend,
         )
-    if _in_bands(backend, query, key, value, is_causal, key_padding_mask, attn_mask):
-        slots = torch.arange(count, device=key.device)
-        query_slots = slots[count - query.shape[2] :]
+    check_log_n(logn, train_length)
+    masks = Masks(key_padding_mask, cu_seqlens, attn_mask)
+    factor = _query_factor(query, key, is_causal, masks, logn, train_length)
+    slots = torch.arange(count, device=key.device)
+    query_slots = slots[count - query.shape[2] :]
+    # g(i - j) = ((i - w) rho + w) - j rho for keys far to the left, and its mirror image to the right.
+    leaky_keys = slots.to(torch.float64) * slope
+    left_slots = (query_slots - window).to(torch.float64) * slope + window
+    right_slots = (query_slots + window).to(torch.float64) * slope - window
+    if in_bands(backend, query, key):
 
         def turned(x: Tensor, positions: Tensor) -> Tensor:
             return apply_rope(x, positions, frequencies, interleaved=interleaved)
 
-        far_slots = (query_slots - window).to(torch.float64) * slope + window
-        far_key = turned(key, slots.to(torch.float64) * slope) if slope else key
-        near, far = (turned(query, query_slots), turned(key, slots)), (turned(query, far_slots), far_key)
-        return _by_spans(near, far, value, window, scale, key_padding_mask)
+        near = _turned_query(query, factor, query_slots, frequencies, interleaved), turned(key, slots)
+        left = _turned_query(query, factor, left_slots, frequencies, interleaved)
+        right = None if is_causal else _turned_query(query, factor, right_slots, frequencies, interleaved)
+        far = left, right, turned(key, leaky_keys) if slope else key
+        return banded_attention(
+            near, far, value, window=window, scale=_scale(query, scale), is_causal=is_causal, masks=masks
+        )
     dtype = query.dtype
     query, key, value = _prepared(query, key, value, key_padding_mask)
-    slots, distance = _slots(query, key)
-    query_slots = slots[count - query.shape[2] :]
 
     def scores(query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        rotated = _rotate(query, query_positions, frequencies, interleaved, scale)
-        turned = apply_rope(key, key_positions, frequencies, interleaved=interleaved)
-        return grouped_matmul(rotated, turned.transpose(-2, -1))
+        rotated = _turned_query(query, factor, query_positions, frequencies, interleaved) * _scale(query, scale)
+        keys = apply_rope(key, key_positions, frequencies, interleaved=interleaved)
+        return grouped_matmul(rotated, keys.transpose(-2, -1))
 
-    near = scores(query_slots, slots)
-    # g(i - j) = ((i - w) rho + w) - j rho for keys far to the left, and its mirror image to the right.
-    leaky_keys = slots.to(torch.float64) * slope
-    left = scores((query_slots - window).to(torch.float64) * slope + window, leaky_keys)
-    out = torch.where(distance < window, near, left)
+    distance = query_slots[:, None] - slots
+    out = torch.where(distance < window, scores(query_slots, slots), scores(left_slots, leaky_keys))
     if not is_causal:
-        right = scores((query_slots + window).to(torch.float64) * slope - window, leaky_keys)
-        out = torch.where(distance <= -window, right, out)
-    return attend(out, value, visible_keys(distance, is_causal, key_padding_mask, attn_mask)).to(dtype)
+        out = torch.where(distance <= -window, scores(right_slots, leaky_keys), out)
+    return attend(out, value, visible_keys(distance, is_causal, key_padding_mask, attn_mask, cu_seqlens)).to(dtype)
 
 
 def _check(
@@ -239,110 +268,57 @@ def _check(
     inv_freq: Tensor | None,
     scale: float | None,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     attn_mask: Tensor | None,
 ) -> Tensor:
     """Check the arguments that both functions share and return the frequencies."""
     check_attention(query, key, value, scale)
     check_key_padding_mask(key_padding_mask, key)
     check_attn_mask(attn_mask, query, key)
-    if inv_freq is None:
-        if query.shape[-1] % 2 or query.shape[-1] == 0:
-            raise ValueError(f"head_dim must be even and positive without inv_freq, got query {tuple(query.shape)}")
-        return rope_frequencies(query.shape[-1]).to(query.device)
-    check_floating("inv_freq", inv_freq)
-    check_same_device(query=query, inv_freq=inv_freq)
-    return inv_freq
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in ("auto", "banded", "reference"):
-        raise ValueError(f"backend must be 'auto', 'banded' or 'reference', got {backend!r}")
-
-
-def _in_bands(
-    backend: Backend,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    is_causal: bool,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-) -> bool:
-    """Whether to take the kernels; raise `ValueError` if they are asked for and cannot run."""
-    _check_backend(backend)
-    large = query.shape[2] * key.shape[2] >= _BANDED_FROM
-    if backend == "reference" or (backend == "auto" and not large):
-        return False
-    reason = why_not_banded(query, key, value)
-    if not is_causal:
-        reason = "it is not causal"
-    elif attn_mask is not None:
-        reason = "there is an attn_mask"
-    elif key_padding_mask is not None and visible_spans(key_padding_mask) is None:
-        reason = "the visible keys of a sample have gaps"
-    if reason is None:
-        return True
-    if backend == "banded":
-        raise ValueError(f"backend='banded' cannot run: {reason}")
-    _warn_of_memory(reason)
-    return False
-
-
-def _warn_of_memory(reason: str) -> None:
-    # Once per reason: the default filter shows equal texts from one line once.
-    warnings.warn(
-        f"attention falls back to the dense definition, which holds all scores, because {reason}", stacklevel=4
-    )
-
-
-def _by_spans(
-    near: tuple[Tensor, Tensor],
-    far: tuple[Tensor, Tensor],
-    value: Tensor,
-    window: int,
-    scale: float | None,
-    key_padding_mask: Tensor | None,
-) -> Tensor:
-    """Attention in bands; with padding, on the samples that share their first and last visible slot."""
-    factor = value.shape[-1] ** -0.5 if scale is None else scale
-    rows, keys = near[0].shape[2], value.shape[2]
-    spans = None if key_padding_mask is None else visible_spans(key_padding_mask)
-    if spans is None:
-        return banded_attention(*near, *far, value, window=window, scale=factor)
-    parts: list[Tensor] = []
-    for (first, last), samples in spans.items():
-        # Rows before the first visible slot and behind the last are padding, too.
-        low, high = max(0, first - (keys - rows)), max(0, last - (keys - rows))
-        if low >= high:
-            parts.append(near[0].new_zeros(len(samples), *near[0].shape[1:3], value.shape[-1]))
-            continue
-        queries = [query[samples, :, low:high] for query in (near[0], far[0])]
-        seen = [x[samples, :, first:last] for x in (near[1], far[1], value)]
-        part = banded_attention(queries[0], seen[0], queries[1], seen[1], seen[2], window=window, scale=factor)
-        parts.append(nn.functional.pad(part, (0, 0, low, rows - high)))
-    order = torch.cat(list(spans.values())).argsort()
-    return torch.cat(parts)[order]
+    check_cu_seqlens(cu_seqlens, query, key, key_padding_mask, attn_mask)
+    return resolve_frequencies(inv_freq, query)
 
 
 def _prepared(
     query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors in at least float32, with padding taken out of keys and values."""
+    """The tensors in at least float32, with padding taken out."""
     if is_low_precision(query.dtype):
         query, key, value = query.float(), key.float(), value.float()
-    return query, without_padding(key, key_padding_mask), without_padding(value, key_padding_mask)
+    # A query of padding gets a gradient of 0, and 0 times NaN would reach the keys' gradients.
+    own = None if key_padding_mask is None else key_padding_mask[:, key.shape[2] - query.shape[2] :]
+    return without_padding(query, own), without_padding(key, key_padding_mask), without_padding(value, key_padding_mask)
 
 
-def _slots(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots of the keys, and query slot minus key slot for every pair."""
-    slots = torch.arange(key.shape[2], device=key.device)
-    return slots, slots[key.shape[2] - query.shape[2] :, None] - slots
+def _scale(query: Tensor, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _rotate(query: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool, scale: float | None) -> Tensor:
-    """Rotated and scaled queries; scaling the queries costs less than scaling the scores."""
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    return apply_rope(query, positions, inv_freq, interleaved=interleaved) * factor
+def _query_factor(
+    query: Tensor, key: Tensor, is_causal: bool, masks: Masks, logn: LogN | None, train_length: int | None
+) -> Tensor | None:
+    """What `logn` multiplies queries by, broadcastable to (B, H, M, 1)."""
+    if logn is None or train_length is None:
+        return None
+    count = count_visible(
+        query.shape[2],
+        key.shape[2],
+        query.device,
+        is_causal=is_causal,
+        key_padding_mask=masks.key_padding_mask,
+        cu_seqlens=masks.cu_seqlens,
+        attn_mask=masks.attn_mask,
+    )
+    return log_n_factor(count, logn, train_length).to(torch.promote_types(query.dtype, torch.float32))
+
+
+def _turned_query(
+    query: Tensor, factor: Tensor | None, positions: Tensor, frequencies: Tensor, interleaved: bool
+) -> Tensor:
+    """Rotated queries of their dtype, rounded once."""
+    if factor is None:
+        return apply_rope(query, positions, frequencies, interleaved=interleaved)
+    return apply_rope(query * factor, positions, frequencies, interleaved=interleaved).to(query.dtype)
 
 
 class ReRoPE(nn.Module):
@@ -356,6 +332,8 @@ class ReRoPE(nn.Module):
         window: $w \ge 1$ (tokens).
         slope: $\rho \ge 0$.
         base: base of the frequencies that the model was trained with.
+        logn: as in the function.
+        train_length: as in the function.
         is_causal: whether a query sees only its own and earlier slots.
         interleaved: rotate neighboring channels instead of halves.
         backend: as in the function.
@@ -386,20 +364,33 @@ class ReRoPE(nn.Module):
         *,
         slope: float = 0.0,
         base: float = 10000.0,
+        logn: LogN | None = None,
+        train_length: int | None = None,
         is_causal: bool = True,
         interleaved: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _check_backend(backend)
+        check_backend(backend)
+        check_log_n(logn, train_length)
         self.window = check_integer("window", window, low=1)
         self.slope = check_real("slope", slope, low=0.0)
         self.base = check_real("base", base, low=0.0, low_open=True)
+        self.logn: LogN | None = logn
+        self.train_length = train_length
         self.is_causal = is_causal
         self.interleaved = interleaved
         self.backend: Backend = backend
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Return the attention output."""
         return rerope_attention(
             query,
@@ -410,6 +401,9 @@ class ReRoPE(nn.Module):
             inv_freq=rope_frequencies(query.shape[-1], base=self.base).to(query.device),
             is_causal=self.is_causal,
             key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            logn=self.logn,
+            train_length=self.train_length,
             interleaved=self.interleaved,
             backend=self.backend,
         )
@@ -418,5 +412,6 @@ class ReRoPE(nn.Module):
         """Options as they stand in `repr`."""
         return (
             f"window={self.window}, slope={self.slope}, base={self.base}, is_causal={self.is_causal}, "
-            f"interleaved={self.interleaved}, backend={self.backend!r}"
+            f"interleaved={self.interleaved}, logn={self.logn!r}, train_length={self.train_length}, "
+            f"backend={self.backend!r}"
         )

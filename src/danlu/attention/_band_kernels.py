@@ -1,0 +1,109 @@
+r"""Attention of one call, with its log-sum-exp, and the gradients from a given output and log-sum-exp.
+
+A backward gets the output and log-sum-exp of the *whole* softmax row, of which the call is a part, and returns the
+part's share of the gradients.
+
+Shape letters: `B` batch; `H` query heads; `H_kv` key heads; `T` rows and `S` keys of the call; `D` head size.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from danlu.attention._band_calls import Call
+from danlu.attention._masks import grouped_matmul
+
+__all__ = ["additive", "backward", "forward"]
+
+
+def forward(
+    call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, portable: bool
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, -inf where nothing is visible; `mask` is additive, with two or four dimensions."""
+    if portable:
+        return _portable_forward(query, key, value, mask, scale)
+    if call.shape == "mirrored":
+        query, key, value = query.flip(2), key.flip(2), value.flip(2)
+    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, call.shape in ("causal", "mirrored"), attn_mask=mask, scale=scale
+    )
+    if call.shape == "mirrored":
+        return out.flip(2), total.flip(2)
+    if mask is not None and call.shape == "masked":
+        # The kernel says 0 there.
+        total = total.masked_fill(mask.amax(-1) == -math.inf, -math.inf)
+    return out, total
+
+
+def backward(
+    call: Call,
+    of_rows: list[Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    portable: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; `of_rows`: upstream gradient, output, log-sum-exp, which must be finite."""
+    upstream, out, total = of_rows
+    if portable:
+        return _portable_backward(upstream, query, key, value, out, total, mask, scale)
+    tensors = upstream, query, key, value, out, total
+    mirrored = call.shape == "mirrored"
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x.flip(2) if mirrored else x for x in tensors),
+        0.0,
+        call.shape in ("causal", "mirrored"),
+        attn_mask=mask,
+        scale=scale,
+    )
+    first, second, third = (x.flip(2) if mirrored else x for x in grads)
+    return first, second, third
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Minus infinity where hidden, else 0."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+
+
+def _portable_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch, on any device, with the scores of the call in memory."""
+    scores = _scores(query, key, mask, scale)
+    total = scores.logsumexp(-1)
+    level = total.masked_fill(total == -math.inf, 0.0)
+    return grouped_matmul((scores - level[..., None]).exp_(), value), total
+
+
+def _portable_backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (_scores(query, key, mask, scale) - total[..., None]).exp_()
+    inner = grouped_matmul(upstream, value.transpose(-2, -1)) - (upstream * out).sum(-1, keepdim=True)
+    inner = inner * weights * scale
+    heads = key.shape[1]
+    return grouped_matmul(inner, key), _over_rows(inner, query, heads), _over_rows(weights, upstream, heads)
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = grouped_matmul(query * scale, key.transpose(-2, -1))
+    return scores if mask is None else scores + mask
+
+
+def _over_rows(pairs: Tensor, of_rows: Tensor, heads: int) -> Tensor:
+    """Sums over the rows of all heads that share a key head: (B, H, T, S), (B, H, T, D) -> (B, H_kv, S, D)."""
+    batch, shared = pairs.shape[0], pairs.shape[1] // heads
+    pairs = pairs.reshape(batch, heads, shared * pairs.shape[2], pairs.shape[3])
+    of_rows = of_rows.reshape(batch, heads, shared * of_rows.shape[2], of_rows.shape[3])
+    with torch.autocast(device_type=pairs.device.type, enabled=False):
+        return pairs.transpose(-2, -1) @ of_rows
