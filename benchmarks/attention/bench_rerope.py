@@ -2,8 +2,8 @@
 
 8 heads of 64 channels, one thread, interleaved in one process. `scaled_dot_product_attention` gets queries and keys
 that are rotated already; ours rotates them, too. The floor is the work of one causal attention: every visible pair is
-scored once. The published form holds some 10 GiB of scores at 4096 positions, and is left out beyond. Then the peak of
-the memory, each in a fresh process.
+scored once. The published form holds some 10 GiB of scores at 4096 positions, and is left out beyond. Attention to both
+sides, and under a mask with gaps, is beside SDPA for the same. Then the peak of the memory, each in a fresh process.
 """
 
 import json
@@ -33,11 +33,18 @@ def tensors(length: int) -> list[Tensor]:
 
 def candidates(length: int) -> dict[str, Callable[..., Tensor]]:
     window = length // 8
+    # Every tenth key is hidden, so no span of visible keys is long.
+    visible = torch.arange(length)[None] % 10 != 5
+    causal = torch.ones(length, length, dtype=torch.bool).tril_() & visible
     return {
         "torch SDPA, causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         "danlu RoPE": rope_attention,
         "danlu ReRoPE": lambda q, k, v: rerope_attention(q, k, v, window=window),
         "danlu Leaky ReRoPE": lambda q, k, v: rerope_attention(q, k, v, window=window, slope=0.25),
+        "torch SDPA, both sides": F.scaled_dot_product_attention,
+        "danlu ReRoPE, both sides": lambda q, k, v: rerope_attention(q, k, v, window=window, is_causal=False),
+        "torch SDPA, causal with gaps": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=causal),
+        "danlu ReRoPE, causal with gaps": lambda q, k, v: rerope_attention(q, k, v, window=window, attn_mask=visible),
         "two score matrices (reference)": lambda q, k, v: rerope_attention(q, k, v, window=window, backend="reference"),
     }
 

@@ -172,6 +172,15 @@ def test_far_keys_are_a_set():
     torch.testing.assert_close(moved, out, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+def test_more_keys_than_are_rotated_at_a_time(slope):
+    query, key, value = tensors(3100, heads=2, key_heads=1, dim=4, batch=1)
+    for window in (1023, 1024, 1025, 2060):
+        expected = rerope_attention(query[:, :, -1:], key, value, window=window, slope=slope, backend="reference")
+        out = rerope_decode(query[:, :, -1:], key, value, window=window, slope=slope)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
 def test_far_positions_are_exact():
     """Angles of near keys are small, so slot 100000 is as good as slot 10."""
     query, key, value = tensors(100_000, heads=1, key_heads=1, dim=4, value_dim=4, batch=1)

@@ -26,7 +26,7 @@ from danlu.positions import apply_rope
 
 __all__ = ["rerope_decode"]
 
-# Keys and values of half precision that are widened at a time, where no kernel accumulates in float32.
+# Keys that are rotated, or widened where no kernel accumulates in float32, at a time.
 _CHUNK = 1024
 # Angles are sums of a coarse and a fine one, so that few cosines are computed.
 _FINE = 32
@@ -178,19 +178,19 @@ class _Rotation:
         position = (slot.to(torch.float64) - self.window) * self.slope + self.window
         return apply_rope(query, position, self.frequencies, interleaved=self.interleaved)
 
-    def far_key(self, key: Tensor, leaky_key: Tensor | None, border: int) -> Tensor:
-        """The first `border` keys at their slots times the slope."""
-        if not self.slope or leaky_key is not None:
-            return (key if leaky_key is None else leaky_key)[:, :, :border]
-        positions = torch.arange(border, device=key.device).to(torch.float64) * self.slope
-        return apply_rope(key[:, :, :border], positions, self.frequencies, interleaved=self.interleaved)
-
-    def near_key(self, key: Tensor) -> Tensor:
-        """Keys rotated back by their distances ..., 2, 1, 0 from the query."""
+    def turned_back(self, key: Tensor, start: float = 0.0, step: float = 1.0) -> Tensor:
+        """Keys rotated back by ..., start + 2 step, start + step, start: by distances for queries as they are."""
+        count = key.shape[2]
+        if count > _CHUNK:
+            # In pieces that stay in the processor's cache.
+            pieces = range(0, count, _CHUNK)
+            ends = [start + step * max(0, count - low - _CHUNK) for low in pieces]
+            parts = [key[:, :, low : low + _CHUNK] for low in pieces]
+            return torch.cat([self.turned_back(x, end, step) for x, end in zip(parts, ends, strict=True)], 2)
         dtype = torch.float32 if is_low_precision(key.dtype) else key.dtype
         width = 2 * self.frequencies.shape[0]
         with torch.autocast(device_type=key.device.type, enabled=False):
-            cos, sin = (table.to(dtype) for table in _tables(key.shape[2], self.frequencies))
+            cos, sin = (table.to(dtype) for table in _tables(key.shape[2], self.frequencies, start, step))
             body = key[..., :width].to(dtype)
             if self.interleaved:
                 first, second = body[..., 0::2], body[..., 1::2]
@@ -226,12 +226,17 @@ def _uniform(cache: _Band, filled: int, leaky_key: Tensor | None, rotation: _Rot
     """Bands that are slices of the cache."""
     border = max(0, filled - rotation.window)
     near = cache.cut(border, filled)
-    bands = [replace(near, key=rotation.near_key(near.key))]
-    if border:
-        slot = torch.tensor([filled - 1], device=cache.key.device)
-        far_query = rotation.far_query(cache.query, slot)
-        bands.append(replace(cache.cut(0, border), query=far_query, key=rotation.far_key(cache.key, leaky_key, border)))
-    return bands
+    bands = [replace(near, key=rotation.turned_back(near.key))]
+    if not border:
+        return bands
+    far = cache.cut(0, border)
+    if rotation.slope and leaky_key is None:
+        # The last far key is `window` away.
+        turned = rotation.turned_back(far.key, float(rotation.window), rotation.slope)
+        return [*bands, replace(far, key=turned)]
+    slot = torch.tensor([filled - 1], device=cache.key.device)
+    far_key = far.key if leaky_key is None else leaky_key[:, :, :border]
+    return [*bands, replace(far, query=rotation.far_query(cache.query, slot), key=far_key)]
 
 
 def _ragged(cache: _Band, length: Tensor, leaky_key: Tensor | None, rotation: _Rotation) -> list[_Band]:
@@ -250,18 +255,21 @@ def _ragged(cache: _Band, length: Tensor, leaky_key: Tensor | None, rotation: _R
         return x.gather(2, near_slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     far_query = rotation.far_query(cache.query, length[:, :, None] - 1)
-    far_key = rotation.far_key(cache.key, leaky_key, len(slots))
+    far_key = cache.key if leaky_key is None else leaky_key
+    if rotation.slope and leaky_key is None:
+        positions = slots.to(torch.float64) * rotation.slope
+        far_key = apply_rope(far_key, positions, rotation.frequencies, interleaved=rotation.interleaved)
     return [
-        _Band(cache.query, rotation.near_key(near(cache.key)), near(cache.value), near_visible),
+        _Band(cache.query, rotation.turned_back(near(cache.key)), near(cache.value), near_visible),
         _Band(far_query, far_key, cache.value, far_visible),
     ]
 
 
-def _tables(count: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the distances count - 1, ..., 1, 0, float64."""
-    fine = torch.arange(_FINE - 1, -1, -1, dtype=torch.float64, device=frequencies.device)
-    coarse = torch.arange((count - 1) // _FINE, -1, -1, dtype=torch.float64, device=frequencies.device) * _FINE
-    frequencies = frequencies.to(torch.float64)
+def _tables(count: int, frequencies: Tensor, start: float, step: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions ..., start + step, start, float64, shape `(count, R / 2)`."""
+    device, frequencies = frequencies.device, frequencies.to(torch.float64)
+    fine = torch.arange(_FINE - 1, -1, -1, dtype=torch.float64, device=device) * step + start
+    coarse = torch.arange((count - 1) // _FINE, -1, -1, dtype=torch.float64, device=device) * (_FINE * step)
     a, b = coarse[:, None, None] * frequencies, fine[:, None] * frequencies
     # exp(i (a + b)) = exp(i a) exp(i b), at the price of one rounding of float64.
     cos = a.cos() * b.cos() - a.sin() * b.sin()
