@@ -7,6 +7,7 @@ Shape letters: `B` batch; `H` query heads; `H_kv` key heads; `T` rows and `S` ke
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,12 +25,10 @@ def forward(
     if portable:
         return _portable_forward(query, key, value, mask, scale)
     if call.shape == "mirrored":
-        query, key, value = query.flip(2), key.flip(2), value.flip(2)
-    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, call.shape in ("causal", "mirrored"), attn_mask=mask, scale=scale
-    )
-    if call.shape == "mirrored":
-        return out.flip(2), total.flip(2)
+        parts = [_flash(some, None, True, scale) for some in _mirrored_heads([query, key, value])]
+        out, total = (torch.cat(x, 1).flip(2) for x in zip(*parts, strict=True))
+        return out, total
+    out, total = _flash([query, key, value], mask, call.shape == "causal", scale)
     if mask is not None and call.shape == "masked":
         # The kernel says 0 there.
         total = total.masked_fill(mask.amax(-1) == -math.inf, -math.inf)
@@ -45,22 +44,39 @@ def backward(
     mask: Tensor | None,
     scale: float,
     portable: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Gradients of query, key and value; `of_rows`: upstream gradient, output, log-sum-exp, which must be finite."""
     upstream, out, total = of_rows
     if portable:
         return _portable_backward(upstream, query, key, value, out, total, mask, scale)
-    tensors = upstream, query, key, value, out, total
-    mirrored = call.shape == "mirrored"
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x.flip(2) if mirrored else x for x in tensors),
-        0.0,
-        call.shape in ("causal", "mirrored"),
-        attn_mask=mask,
-        scale=scale,
+    tensors = [upstream, query, key, value, out, total]
+    if call.shape != "mirrored":
+        return _flash_backward(tensors, mask, call.shape == "causal", scale)
+    parts = [_flash_backward(some, None, True, scale) for some in _mirrored_heads(tensors)]
+    return [torch.cat(x, 1).flip(2) for x in zip(*parts, strict=True)]
+
+
+def _flash(tensors: list[Tensor], mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Of query, key and value."""
+    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *tensors, 0.0, is_causal, attn_mask=mask, scale=scale
     )
-    first, second, third = (x.flip(2) if mirrored else x for x in grads)
-    return first, second, third
+    return out, total
+
+
+def _flash_backward(tensors: list[Tensor], mask: Tensor | None, is_causal: bool, scale: float) -> list[Tensor]:
+    """Of upstream gradient, query, key, value, output and log-sum-exp."""
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *tensors, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    return list(grads)
+
+
+def _mirrored_heads(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors of each key head with their slots in reverse, one head's copies at a time."""
+    count = min(x.shape[1] for x in tensors)
+    for some in zip(*(x.chunk(count, 1) for x in tensors), strict=True):
+        yield [x.flip(2) for x in some]
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,12 +103,12 @@ def _portable_backward(
     total: Tensor,
     mask: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     weights = (_scores(query, key, mask, scale) - total[..., None]).exp_()
     inner = grouped_matmul(upstream, value.transpose(-2, -1)) - (upstream * out).sum(-1, keepdim=True)
     inner = inner * weights * scale
     heads = key.shape[1]
-    return grouped_matmul(inner, key), _over_rows(inner, query, heads), _over_rows(weights, upstream, heads)
+    return [grouped_matmul(inner, key), _over_rows(inner, query, heads), _over_rows(weights, upstream, heads)]
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:

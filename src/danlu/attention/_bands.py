@@ -138,13 +138,14 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of the six tensors; those of absent ones are empty."""
     tensors = _filled(near_query, near_key, left_query, right_query, far_key, value)
-    grads = [torch.zeros_like(x) for x in tensors]
+    grads: list[Tensor | None] = [None] * len(tensors)
     masks = Masks(key_padding_mask, cu_seqlens, attn_mask)
     # A row that sees nothing has weights of 0, and not exp(-inf + inf).
     total = total.masked_fill(total == -math.inf, 0.0)
     for job in jobs(near_query.shape[2], near_key.shape[2], masks, spans=not portable):
-        given, parts = _taken(tensors, job, masks), _taken(grads, job, Masks())
+        given = _taken(tensors, job, masks)
         of_rows = [_part(x, job.samples, job.rows) for x in (upstream, out, total)]
+        parts: list[Tensor | None] = [None] * len(tensors)
         for call, mask in _planned(job, masks, window, is_causal, portable, near_query):
             query, key = _PLACES[call.band]
             found = backward(
@@ -157,11 +158,27 @@ def _backward(
                 scale,
                 portable,
             )
-            for place, where, grad in zip((query, key, _VALUE), (call.rows, call.keys, call.keys), found, strict=True):
-                parts[place][:, :, where] += grad
-        for i, (grad, part) in enumerate(zip(grads, parts, strict=True)):
-            _put(grad, part, job.samples, job.rows if i in _QUERIES else job.keys)
-    return grads
+            # One after the other out of the list, so that a large one is gone before the next is taken in.
+            for place, where in ((_VALUE, call.keys), (key, call.keys), (query, call.rows)):
+                parts[place] = _added(parts[place], found.pop(), where, given[place])
+        for i, part in enumerate(parts):
+            place = job.rows if i in _QUERIES else job.keys
+            if part is not None:
+                grads[i] = _added(grads[i], part, place, tensors[i], job.samples)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(tensors, grads, strict=True)]
+
+
+def _added(total: Tensor | None, part: Tensor, where: slice, like: Tensor, samples: Tensor | None = None) -> Tensor:
+    """Take a part of a gradient in; the first one that is whole becomes the gradient."""
+    if total is None:
+        if part.shape == like.shape and samples is None:
+            return part
+        total = torch.zeros_like(like)
+    if samples is None:
+        total[:, :, where] += part
+    else:
+        total[samples, :, where] += part
+    return total
 
 
 def _planned(
