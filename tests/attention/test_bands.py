@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from danlu.attention import ReRoPE, _bands, rerope_attention, rope_attention
+from danlu.attention._band_calls import Call
+from danlu.attention._band_kernels import forward
 
 # Keys, queries, window, slope; the first eight are the cases of the article's algorithm.
 CASES = [
@@ -206,6 +208,38 @@ def test_far_keys_are_a_set():
     order = torch.cat((torch.randperm(160, generator=torch.Generator().manual_seed(3)), torch.arange(160, 200)))
     shuffled = rerope_attention(query, key[:, :, order], value[:, :, order], window=40, backend="banded")
     torch.testing.assert_close(shuffled[:, :, -1], out[:, :, -1], rtol=0, atol=1e-12)
+
+
+def test_merging_with_empty_bands():
+    """Where neither part has seen anything the output is 0 and the log-sum-exp -inf; where one has, it is that part."""
+    part, rows = torch.ones(1, 1, 4, 2), torch.tensor([[[0.3, -torch.inf, 0.3, -torch.inf]]])
+    out, total = 5 * torch.ones(1, 1, 4, 2), torch.tensor([[[-0.7, -0.7, -torch.inf, -torch.inf]]])
+    out[:, :, 2:] = 0
+    _bands._merge(out, total, part, rows)
+    share = torch.sigmoid(torch.tensor(1.0))
+    torch.testing.assert_close(
+        out[0, 0, :, 0], torch.stack((share + 5 * (1 - share), 5 * share**0, share**0, 0 * share))
+    )
+    expected = torch.logaddexp(torch.tensor(0.3), torch.tensor(-0.7))
+    assert total[0, 0].tolist() == pytest.approx([float(expected), -0.7, 0.3, -torch.inf])
+
+
+def test_the_kernel_says_zero_for_rows_that_see_nothing():
+    """Which merged as it is would count as a sum of 1; the repaired log-sum-exp does not count."""
+    query, key, value = tensors(4, 4, heads=1, key_heads=1, batch=1, requires_grad=False)
+    hidden = torch.full((1, 1, 4, 4), -torch.inf, dtype=torch.float64)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, total = flash(query, key, value, 0.0, False, attn_mask=hidden)
+    assert torch.equal(total, torch.zeros_like(total))
+    near, near_total = flash(query, key, value, 0.0, True)
+    wrong, wrong_total = near.clone(), near_total.clone().contiguous()
+    _bands._merge(wrong, wrong_total, out, total)
+    assert (wrong - near).abs().max() > 0.1
+    call = Call("left", slice(0, 4), slice(0, 4), "masked")
+    out, total = forward(call, query, key, value, hidden, 1.0, portable=False)
+    right, right_total = near.clone(), near_total.clone().contiguous()
+    _bands._merge(right, right_total, out, total)
+    assert torch.equal(right, near)
 
 
 class Largest(TorchDispatchMode):

@@ -110,6 +110,23 @@ def test_far_keys_are_a_set():
     assert (moved[..., -1, :] - leaky[..., -1, :]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_one_rotation_for_far_keys_on_both_sides_is_wrong(is_causal):
+    """The published code rotates queries of far keys by +w wherever the key is; right for causal attention only."""
+    query, key, value = one_head(37)
+    window, inv_freq, slots = 8, rope_frequencies(8), torch.arange(37)
+    distance = slots[:, None] - slots
+    near = apply_rope(query, slots, inv_freq) @ apply_rope(key, slots, inv_freq).T
+    far = apply_rope(query, torch.tensor([window]), inv_freq) @ key.T
+    scores = torch.where(distance.abs() < window, near, far) * 8**-0.5
+    if is_causal:
+        scores = scores.masked_fill(distance < 0, -math.inf)
+    published = torch.softmax(scores, -1) @ value
+    out = rerope_attention(*(x[None, None] for x in (query, key, value)), window=window, is_causal=is_causal)[0, 0]
+    error = (published - out).abs().max()
+    assert error < 1e-12 if is_causal else error > 0.3
+
+
 def test_shift_of_slots_changes_nothing():
     """Hidden slots in front shift every position, and only differences count."""
     inputs = [x[None, None] for x in one_head(20)]

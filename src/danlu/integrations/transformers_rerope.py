@@ -55,15 +55,15 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Visibility:
-    """The slot behind the newest query, and what is visible up to there; None where everything is.
+    """The slot behind the newest query, and what hides slots before it; static caches have slots beyond it.
 
-    Static caches have slots beyond it.
+    `by_mask`: the mask itself hides what there is to hide. Its slices are not kept here, since they hold its memory.
     """
 
     end: int
     is_causal: bool
-    key_padding_mask: Tensor | None
-    attn_mask: Tensor | None
+    key_padding_mask: Tensor | None = None
+    by_mask: bool = False
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -87,16 +87,16 @@ def _read(mask: Tensor, queries: int) -> _Visibility:
         visible = mask[:, :, -1].flatten(0, 1).any(dim=0)
         end = int(visible.nonzero().amax().item()) + 1 if bool(visible.any()) else mask.shape[-1]
         end = max(end, queries)
-        return _Visibility(end, False, None, mask[..., :end])
+        return _Visibility(end, is_causal=False, by_mask=True)
     offset, plain, padding, kv_offset = noted
     end = offset + queries
     if not plain:
-        return _Visibility(end, False, None, mask[..., :end])
+        return _Visibility(end, is_causal=False, by_mask=True)
     if padding is None:
-        return _Visibility(end, True, None, None)
+        return _Visibility(end, is_causal=True)
     padding = padding[:, kv_offset : kv_offset + end].to(device=mask.device, dtype=torch.bool)
     padding = nn.functional.pad(padding, (0, end - padding.shape[1]))
-    return _Visibility(end, True, None if bool(padding.all()) else padding, None)
+    return _Visibility(end, True, None if bool(padding.all()) else padding)
 
 
 def _forward(
@@ -130,14 +130,21 @@ def _forward(
         end = key.shape[2]
         if isinstance(positions, Tensor) and end > queries:
             end = min(end, int(positions[0, 0].item()) + queries)
-        seen = _Visibility(end, bool(getattr(module, "is_causal", True)), None, None)
+        seen = _Visibility(end, bool(getattr(module, "is_causal", True)))
     end = min(seen.end, key.shape[2])
-    out = _attend(settings, seen, query, key[:, :, :end], value[:, :, :end], scaling)
+    mask = attention_mask[..., :end] if attention_mask is not None and seen.by_mask else None
+    out = _attend(settings, seen, query, key[:, :, :end], value[:, :, :end], mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _attend(
-    settings: _Settings, seen: _Visibility, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    settings: _Settings,
+    seen: _Visibility,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
 ) -> Tensor:
     options: dict[str, Any] = {
         # Local layers keep plain RoPE: their window is within the trained positions.
@@ -148,7 +155,7 @@ def _attend(
     }
     if settings.logn is not None and not settings.local:
         options |= {"logn": settings.logn, "train_length": settings.train_length}
-    padding, mask = seen.key_padding_mask, seen.attn_mask
+    padding = seen.key_padding_mask
     if query.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
         if mask is not None:
             padding = mask[:, 0, 0]
