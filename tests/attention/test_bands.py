@@ -134,6 +134,25 @@ def test_any_mask(mask, keys, queries, window, slope, is_causal, kernel):
 
 
 @causality
+@pytest.mark.parametrize("shape", [(2, 4, 130, 130), (130, 130), (4, 1, 130), (130, 1), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_floating_masks(shape, dtype, is_causal, kernel):
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    mask[mask > 1.2] = -torch.inf
+    for fast, dense in both(tensors(130, 130), window=12, slope=0.3, is_causal=is_causal, attn_mask=mask):
+        torch.testing.assert_close(fast, dense, rtol=0, atol=1e-12)
+
+
+def test_a_floating_mask_is_not_rounded_to_half_precision():
+    query, key, value = tensors(130, 130, requires_grad=False)
+    mask = 5 * torch.randn(130, 130, generator=torch.Generator().manual_seed(2))
+    exact = rerope_attention(*(x.bfloat16().double() for x in (query, key, value)), window=12, attn_mask=mask)
+    half = [x.bfloat16() for x in (query, key, value)]
+    out = rerope_attention(*half, window=12, attn_mask=mask, backend="banded")
+    assert (out.double() - exact).abs().max() < 2e-2
+
+
+@causality
 @pytest.mark.parametrize("borders", [[0, 130], [0, 1, 9, 9, 10, 80, 130], [0, 0, 64, 128, 130, 130]])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_packed_equals_separate_sequences(borders, dtype, is_causal, kernel):

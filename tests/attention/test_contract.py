@@ -149,6 +149,42 @@ def test_masks_combine(function, is_causal):
 
 @functions
 @causality
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_floating_masks_are_added_to_the_scores(function, is_causal, dtype):
+    query, key, value = tensors()
+    generator = torch.Generator().manual_seed(1)
+    visible = torch.rand(2, 1, 9, 9, generator=generator) > 0.3
+    visible[0, 0, 4] = False
+    inputs = [x.to(dtype) for x in (query, key, value)]
+    expected = function(*inputs, is_causal=is_causal, attn_mask=visible)
+    # Whatever number stands for hidden; two of the lowest may have been added.
+    for hidden in (-torch.inf, torch.finfo(dtype).min, torch.finfo(dtype).min / 2):
+        mask = torch.zeros(2, 1, 9, 9, dtype=dtype).masked_fill(~visible, hidden)
+        out = function(*inputs, is_causal=is_causal, attn_mask=mask)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0 if dtype == torch.float64 else 1e-2)
+        assert torch.equal(out[0, :, 4], torch.zeros_like(out[0, :, 4]))
+    # A number for each query moves nothing, one for each key weighs it by its exponential.
+    rows = torch.randn(2, 4, 9, 1, generator=generator, dtype=torch.float64).to(dtype)
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    plain = function(*inputs, is_causal=is_causal)
+    torch.testing.assert_close(function(*inputs, is_causal=is_causal, attn_mask=rows), plain, rtol=0, atol=limit)
+
+
+@functions
+@causality
+def test_floating_masks_weigh_keys_by_their_exponentials(function, is_causal):
+    """Values that are the identity show the weights."""
+    query, key, _ = tensors()
+    value = torch.eye(9, dtype=torch.float64).expand(2, 2, 9, 9)
+    bias = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = function(query, key, value, is_causal=is_causal)
+    expected = weights * bias.exp()
+    out = function(query, key, value, is_causal=is_causal, attn_mask=bias)
+    torch.testing.assert_close(out, expected / expected.sum(-1, keepdim=True), rtol=0, atol=1e-12)
+
+
+@functions
+@causality
 def test_gradients(function, is_causal):
     inputs = [x.requires_grad_() for x in tensors(batch=1, heads=2, key_heads=1, queries=4, keys=5, dim=4, value_dim=2)]
     mask = torch.tensor([[False, True, True, True, True]])
@@ -202,7 +238,12 @@ def test_options_reach_the_scores(function, interleaved):
         ({"value": torch.zeros(2, 2, 9, 5).long()}, TypeError, "value must be a floating-point tensor"),
         ({"key_padding_mask": torch.ones(2, 9)}, TypeError, "key_padding_mask must be a bool tensor"),
         ({"key_padding_mask": torch.ones(2, 8).bool()}, ValueError, r"must have shape \(B, N\) = \(2, 9\)"),
-        ({"attn_mask": torch.ones(9, 9)}, TypeError, "attn_mask must be a bool tensor"),
+        (
+            {"attn_mask": torch.ones(9, 9).long()},
+            TypeError,
+            "attn_mask must be bool .* or floating and added to scores, got torch.int64",
+        ),
+        ({"attn_mask": [[True]]}, TypeError, "attn_mask must be bool .* got list"),
         (
             {"attn_mask": torch.ones(3, 1, 9, 9).bool()},
             ValueError,

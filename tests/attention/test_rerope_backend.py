@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from danlu.attention import explain_backend
+from danlu.attention import explain_backend, rope_attention
 from danlu.attention._rerope_backend import in_bands
 
 
@@ -41,7 +41,21 @@ def test_other_devices_bound_the_memory():
 
 
 def test_the_limits():
-    assert not in_bands("auto", *tensors(255)[:2])
-    assert in_bands("auto", *tensors(256)[:2])
+    assert not in_bands("auto", *tensors(255)[:2], None)
+    assert in_bands("auto", *tensors(256)[:2], None)
     # Nothing to attend to.
-    assert not in_bands("banded", *tensors(0)[:2])
+    assert not in_bands("banded", *tensors(0)[:2], None)
+
+
+def test_a_mask_that_needs_a_gradient_is_dense_and_says_so():
+    large, bias = tensors(300), torch.zeros(300, 300, requires_grad=True)
+    assert explain_backend(*tensors(300), attn_mask=bias.detach()).backend == "banded"
+    with pytest.warns(UserWarning, match="holds all scores, because attn_mask needs a gradient"):
+        assert explain_backend(*large, attn_mask=bias) == ("reference", "attn_mask needs a gradient")
+    with pytest.warns(UserWarning, match="because attn_mask needs a gradient"):
+        rope_attention(*large, attn_mask=bias).sum().backward()
+    assert bias.grad is not None
+    with pytest.raises(ValueError, match="backend='banded' cannot run: attn_mask needs a gradient"):
+        rope_attention(*large, attn_mask=bias, backend="banded")
+    with torch.no_grad():
+        assert explain_backend(*large, attn_mask=bias).backend == "banded"

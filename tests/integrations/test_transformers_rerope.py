@@ -213,8 +213,11 @@ def test_packed_batches_and_masks_of_the_user():
         mask = (owner[:, None] == owner).tril()[None, None]
         given = logits(model, torch.cat(parts, 1), attention_mask=mask)
         torch.testing.assert_close(given, alone, rtol=0, atol=1e-10)
-        with pytest.raises(TypeError, match="four-dimensional attention_mask must be bool"):
-            logits(model, torch.cat(parts, 1), attention_mask=mask.double())
+        lowest = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+        given = logits(model, torch.cat(parts, 1), attention_mask=lowest)
+        torch.testing.assert_close(given, alone, rtol=0, atol=1e-10)
+        with pytest.raises(TypeError, match="attn_mask must be bool with True = visible, or floating"):
+            logits(model, torch.cat(parts, 1), attention_mask=mask.long())
 
 
 @families

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from danlu.attention._masks import mask_bias, mask_visible
+
 __all__ = [
     "TILE",
     "Call",
@@ -165,10 +167,19 @@ def call_mask(
         visible = distance >= window if call.band == "left" else distance <= -window
     visible = visible[None, None]
     if masks.attn_mask is not None:
-        given = masks.attn_mask
-        given = given if given.shape[-2] == 1 else given[..., call.rows, :]
-        visible = visible & (given if given.shape[-1] == 1 else given[..., call.keys])
+        visible = visible & mask_visible(_of_call(masks.attn_mask, call))
     if masks.key_padding_mask is not None:
         shown = masks.key_padding_mask
         visible = visible & (shown[:, None, own, None] & shown[:, None, None, call.keys])
     return visible
+
+
+def call_bias(call: Call, masks: Masks) -> Tensor | None:
+    """What a floating mask adds to the scores of a "masked" call."""
+    return None if masks.attn_mask is None else mask_bias(_of_call(masks.attn_mask, call))
+
+
+def _of_call(mask: Tensor, call: Call) -> Tensor:
+    """The rows and keys of a call; a mask of one row or column stands for all."""
+    mask = mask if mask.shape[-2] == 1 else mask[..., call.rows, :]
+    return mask if mask.shape[-1] == 1 else mask[..., call.keys]

@@ -79,9 +79,12 @@ def _mirrored_heads(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield [x.flip(2) for x in some]
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Minus infinity where hidden, else 0."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+def additive(visible: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """Minus infinity where hidden, else `bias` or 0."""
+    if bias is None:
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+    # The kernel adds float32 to scores of half inputs, whose own dtype would round the bias.
+    return torch.where(visible, bias.to(torch.promote_types(dtype, torch.float32)), -math.inf)
 
 
 def _portable_forward(

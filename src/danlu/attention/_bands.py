@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu._common.checks import is_low_precision
-from danlu.attention._band_calls import Call, Job, Masks, band_calls, call_mask, jobs, tile_calls, tile_mask
+from danlu.attention._band_calls import Call, Job, Masks, band_calls, call_bias, call_mask, jobs, tile_calls, tile_mask
 from danlu.attention._band_kernels import additive, backward, forward
 from danlu.attention._masks import without_padding
 
@@ -193,15 +193,16 @@ def _planned(
             yield call, mask[:high, call.mask_from : call.mask_from + width] if call.shape == "tile" else None
         return
     for call in tile_calls(rows, keys, window, is_causal):
-        visible = call_mask(call, rows, keys, window, is_causal, masks if job.masked else Masks(), like.device)
+        shown = masks if job.masked else Masks()
+        visible, bias = call_mask(call, rows, keys, window, is_causal, shown, like.device), call_bias(call, shown)
         if like.device.type == "cpu":
             # Looking is free here, and skips what is hidden altogether.
             if not bool(visible.any()):
                 continue
-            if bool(visible.all()):
+            if bias is None and bool(visible.all()):
                 yield call, None
                 continue
-        yield call, additive(visible, like.dtype)
+        yield call, additive(visible, like.dtype, bias)
 
 
 def _filled(*tensors: Tensor | None) -> list[Tensor]:

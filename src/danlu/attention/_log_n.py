@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from danlu._common.checks import check_choice, check_integer
-from danlu.attention._masks import segments
+from danlu.attention._masks import mask_visible, segments
 
 __all__ = ["LogN", "check_log_n", "count_visible", "log_n_factor"]
 
@@ -64,7 +64,7 @@ def count_visible(
     if attn_mask is not None:
         counts = []
         for low in range(0, rows, _ROWS):
-            visible = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., low : low + _ROWS, :]
+            visible = mask_visible(attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., low : low + _ROWS, :])
             if is_causal:
                 visible = visible & (own[low : low + _ROWS, None] >= slots)
             if key_padding_mask is not None:

@@ -13,6 +13,8 @@ __all__ = [
     "check_cu_seqlens",
     "check_key_padding_mask",
     "grouped_matmul",
+    "mask_bias",
+    "mask_visible",
     "masked_softmax",
     "resolve_frequencies",
     "segments",
@@ -70,15 +72,33 @@ def check_key_padding_mask(mask: Tensor | None, key: Tensor) -> None:
 
 
 def check_attn_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
-    """Raise unless `mask` is None or a boolean tensor that broadcasts to (B, H, M, N)."""
+    """Raise unless `mask` is None or a boolean or floating tensor that broadcasts to (B, H, M, N)."""
     if mask is None:
         return
-    check_bool("attn_mask", mask, "visible")
+    if not isinstance(mask, Tensor) or (mask.dtype != torch.bool and not mask.is_floating_point()):
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"attn_mask must be bool with True = visible, or floating and added to scores, got {kind}")
     wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     given = tuple(mask.shape)
     if not broadcasts_to(given, wanted):
         raise ValueError(f"attn_mask must broadcast to (B, H, M, N) = {wanted}, got {given}")
     check_same_device(query=query, attn_mask=mask)
+
+
+def mask_visible(mask: Tensor) -> Tensor:
+    """Visibility of a bool mask, or of one that is added to the scores.
+
+    Such masks hide with minus infinity or with the lowest finite number, whose weights are not 0 in a row that has
+    nothing else; halves of it are as low, since two of them may have been added.
+    """
+    return mask if mask.dtype == torch.bool else ~(mask <= torch.finfo(mask.dtype).min / 2)
+
+
+def mask_bias(mask: Tensor | None) -> Tensor | None:
+    """What a floating mask adds to visible scores; None for others."""
+    if mask is None or mask.dtype == torch.bool:
+        return None
+    return mask.masked_fill(~mask_visible(mask), 0.0)
 
 
 def check_cu_seqlens(
@@ -124,7 +144,8 @@ def visible_keys(
     """
     visible = (distance >= 0)[None, None] if is_causal else None
     if attn_mask is not None:
-        visible = attn_mask if visible is None else visible & attn_mask
+        given = mask_visible(attn_mask)
+        visible = given if visible is None else visible & given
     if cu_seqlens is not None:
         owner = segments(cu_seqlens, distance.shape[1])
         same = (owner[:, None] == owner)[None, None]
@@ -141,14 +162,18 @@ def without_padding(tensor: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return tensor if key_padding_mask is None else tensor.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
 
 
-def attend(scores: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+def attend(scores: Tensor, value: Tensor, visible: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
     """Softmax over keys and the weighted sum of values; a row that sees no key gives exactly 0 and no gradient.
 
     Args:
         scores: shape `(B, H, M, N)`.
         value: shape `(B, H_kv, N, E)` with `H` a multiple of `H_kv`, dtype of the scores.
         visible: broadcastable to the scores, or None.
+        attn_mask: is added to the scores if it is floating.
     """
+    bias = mask_bias(attn_mask)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     return grouped_matmul(masked_softmax(scores, visible), value)
 
 

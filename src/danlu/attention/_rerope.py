@@ -65,7 +65,9 @@ def rope_attention(
             is padding, too, and sees nothing.
         cu_seqlens: int32 or int64, shape `(sequences + 1,)`, from 0 to `N`: borders of sequences that are packed one
             after the other into the only sample; positions and visibility start anew in each. None means one sequence.
-        attn_mask: bool, broadcastable to `(B, H, M, N)`, True = visible, on top of the other rules; None means all are.
+        attn_mask: bool, True = visible, or floating, added to the scores; broadcastable to `(B, H, M, N)`, on top of
+            the other rules. Minus infinity hides a key, and so does anything up to half of the lowest finite number of
+            the mask's dtype. None adds nothing.
         logn: None, or scale the query that sees $n$ keys: "train" by $\log \max(n, 2) / \log T$, for models that were
             trained with it; "post" by $\max(1, \log n / \log T)$, for models that were not.
         train_length: $T \ge 2$ of `logn` (tokens).
@@ -77,10 +79,10 @@ def rope_attention(
         Shape `(B, H, M, E)`, dtype of `query`. A query that sees no key gets exactly 0 and no gradient.
 
     Raises:
-        TypeError: not floating tensors of one dtype, a mask that is not bool, or `cu_seqlens` that are not integers.
+        TypeError: not floating tensors of one dtype, a mask of integers, or `cu_seqlens` that are not integers.
         ValueError: shapes or devices that do not fit, an odd `D` without `inv_freq`, `cu_seqlens` with another mask or
             that do not rise from 0 to `N` (looked at on the CPU only), or `logn` without `train_length`; the message
-            has the shapes or values.
+            has the shapes or values. Also "banded" for an `attn_mask` that needs a gradient.
 
     Numerics:
         Half inputs are computed in float32 and rounded once; float64 stays float64. Angles are float64. Values of
@@ -108,7 +110,7 @@ def rope_attention(
     count = key.shape[2]
     slots = torch.arange(count, device=key.device)
     query_slots = slots[count - query.shape[2] :]
-    if in_bands(backend, query, key):
+    if in_bands(backend, query, key, attn_mask):
         near = (
             _turned_query(query, factor, query_slots, frequencies, interleaved),
             apply_rope(key, slots, frequencies, interleaved=interleaved),
@@ -121,7 +123,7 @@ def rope_attention(
     rotated = _turned_query(query, factor, query_slots, frequencies, interleaved) * _scale(query, scale)
     scores = grouped_matmul(rotated, apply_rope(key, slots, frequencies, interleaved=interleaved).transpose(-2, -1))
     visible = visible_keys(query_slots[:, None] - slots, is_causal, key_padding_mask, attn_mask, cu_seqlens)
-    return attend(scores, value, visible).to(dtype)
+    return attend(scores, value, visible, attn_mask).to(dtype)
 
 
 def rerope_attention(
@@ -166,7 +168,9 @@ def rerope_attention(
             is padding, too, and sees nothing.
         cu_seqlens: int32 or int64, shape `(sequences + 1,)`, from 0 to `N`: borders of sequences that are packed one
             after the other into the only sample; positions and visibility start anew in each. None means one sequence.
-        attn_mask: bool, broadcastable to `(B, H, M, N)`, True = visible, on top of the other rules; None means all are.
+        attn_mask: bool, True = visible, or floating, added to the scores; broadcastable to `(B, H, M, N)`, on top of
+            the other rules. Minus infinity hides a key, and so does anything up to half of the lowest finite number of
+            the mask's dtype. None adds nothing.
         logn: None, or scale the query that sees $n$ keys: "train" by $\log \max(n, 2) / \log T$, for models that were
             trained with it; "post" by $\max(1, \log n / \log T)$, for models that were not.
         train_length: $T \ge 2$ of `logn` (tokens).
@@ -178,7 +182,7 @@ def rerope_attention(
         Shape `(B, H, M, E)`, dtype of `query`. A query that sees no key gets exactly 0 and no gradient.
 
     Raises:
-        TypeError: not floating tensors of one dtype, a mask that is not bool, or options of a wrong type.
+        TypeError: not floating tensors of one dtype, a mask of integers, or options of a wrong type.
         ValueError: `window` < 1, `slope` < 0, and as in [`rope_attention`][danlu.attention.rope_attention].
 
     Numerics:
@@ -234,7 +238,7 @@ def rerope_attention(
     leaky_keys = slots.to(torch.float64) * slope
     left_slots = (query_slots - window).to(torch.float64) * slope + window
     right_slots = (query_slots + window).to(torch.float64) * slope - window
-    if in_bands(backend, query, key):
+    if in_bands(backend, query, key, attn_mask):
 
         def turned(x: Tensor, positions: Tensor) -> Tensor:
             return apply_rope(x, positions, frequencies, interleaved=interleaved)
@@ -258,7 +262,8 @@ def rerope_attention(
     out = torch.where(distance < window, scores(query_slots, slots), scores(left_slots, leaky_keys))
     if not is_causal:
         out = torch.where(distance <= -window, scores(right_slots, leaky_keys), out)
-    return attend(out, value, visible_keys(distance, is_causal, key_padding_mask, attn_mask, cu_seqlens)).to(dtype)
+    visible = visible_keys(distance, is_causal, key_padding_mask, attn_mask, cu_seqlens)
+    return attend(out, value, visible, attn_mask).to(dtype)
 
 
 def _check(

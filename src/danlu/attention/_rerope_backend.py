@@ -3,8 +3,10 @@ r"""Which implementation of rotary attention runs, and why.
 Shape letters: as in `danlu.attention._rerope`.
 """
 
+import warnings
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from danlu._common.checks import check_choice
@@ -64,7 +66,8 @@ def explain_backend(
         "reference" is the dense definition with all scores in memory. "banded" never holds them: on the CPU flash
         kernels on bands of near and far keys, and on tiles of 64 rows where masks have gaps; on other devices tiles in
         plain PyTorch. "auto" takes "banded" from $MN = 2^{16}$ on where there are flash kernels, and from
-        $BHMN = 2^{27}$ on elsewhere, so that the memory is bounded everywhere.
+        $BHMN = 2^{27}$ on elsewhere, so that the memory is bounded everywhere; it warns where an `attn_mask` needs a
+        gradient, which only "reference" has.
 
     Args:
         query: as in the functions, shape `(B, H, M, D)`.
@@ -98,8 +101,9 @@ def explain_backend(
     rows, keys = query.shape[2], key.shape[2]
     if backend == "reference":
         return BackendChoice("reference", "it was asked for")
-    if not in_bands(backend, query, key):
-        return BackendChoice("reference", f"its {rows} x {keys} scores are few")
+    if not in_bands(backend, query, key, attn_mask):
+        few = f"its {rows} x {keys} scores are few"
+        return BackendChoice("reference", _NEEDS_GRAD if _needs_grad(attn_mask) else few)
     if not has_flash(query):
         reason = f"no flash kernel gives log-sum-exps for {query.dtype} on {query.device.type}: tiles in plain PyTorch"
         return BackendChoice("banded", reason)
@@ -115,14 +119,28 @@ def check_backend(backend: str) -> None:
     check_choice("backend", backend, ("auto", "banded", "reference"))
 
 
-def in_bands(backend: Backend, query: Tensor, key: Tensor) -> bool:
+def in_bands(backend: Backend, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> bool:
     """Whether to avoid holding the scores."""
     check_backend(backend)
     scores = query.shape[2] * key.shape[2]
     if backend == "reference" or scores == 0:
         return False
+    large = scores >= _FLASH_FROM
+    if not has_flash(query):
+        large = query.shape[0] * query.shape[1] * scores >= _TILES_FROM
+    if not _needs_grad(attn_mask):
+        return backend == "banded" or large
     if backend == "banded":
-        return True
-    if has_flash(query):
-        return scores >= _FLASH_FROM
-    return query.shape[0] * query.shape[1] * scores >= _TILES_FROM
+        raise ValueError(f"backend='banded' cannot run: {_NEEDS_GRAD}")
+    if large:
+        # Once per text and line by the default filter.
+        text = f"attention falls back to the dense definition, which holds all scores, because {_NEEDS_GRAD}"
+        warnings.warn(text, stacklevel=3)
+    return False
+
+
+_NEEDS_GRAD = "attn_mask needs a gradient"
+
+
+def _needs_grad(attn_mask: Tensor | None) -> bool:
+    return attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()

@@ -79,12 +79,11 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _read(mask: Tensor, queries: int) -> _Visibility:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"a four-dimensional attention_mask must be bool with True = visible, got {mask.dtype}")
     noted = getattr(mask, _SLOTS, None)
     if noted is None:
         # Of someone else's making; the newest query sees itself, and it may see more than the past.
-        visible = mask[:, :, -1].flatten(0, 1).any(dim=0)
+        last = mask[:, :, -1].flatten(0, 1)
+        visible = (last > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else last).any(dim=0)
         end = int(visible.nonzero().amax().item()) + 1 if bool(visible.any()) else mask.shape[-1]
         end = max(end, queries)
         return _Visibility(end, is_causal=False, by_mask=True)
@@ -156,7 +155,7 @@ def _attend(
     if settings.logn is not None and not settings.local:
         options |= {"logn": settings.logn, "train_length": settings.train_length}
     padding = seen.key_padding_mask
-    if query.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
+    if query.shape[2] == 1 and (mask is None or (mask.shape[1] == 1 and mask.dtype == torch.bool)):
         if mask is not None:
             padding = mask[:, 0, 0]
         return rerope_decode(query, key, value, key_padding_mask=padding, **options)
