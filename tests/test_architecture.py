@@ -32,6 +32,7 @@ NO_TRIAL = {
     "attention/rerope_backend": "how ReRoPE is computed",
     "attention/rerope_cache": "generation with ReRoPE",
     "attention/rerope_decode": "generation with ReRoPE",
+    "diagnostics/attention_concentration": "its trial is attention/concentration",
     "diagnostics/bfgs": "the minimizer of the fits",
     "diagnostics/sum_of_powers": "what the fits share",
     "diagnostics/gradient_penalty": "reports only; the trial losses/gradient_penalty measures what it bounds",

@@ -45,6 +45,14 @@ def test_embedding_health_has_no_side_effects():
     assert torch.equal(random, torch.get_rng_state())
 
 
+def test_concentration_has_no_graph():
+    weights = torch.rand(3, 5, requires_grad=True)
+    assert not family.attention_sparsity(weights).requires_grad
+    assert not family.linear_attention_sparsity_bound(weights).requires_grad
+    assert not family.sparsity_of_gaussian("exp", weights, weights).requires_grad
+    assert weights.grad is None
+
+
 def test_functions_take_options_by_keyword():
     for name in family.__all__:
         target = getattr(family, name)

@@ -1,5 +1,10 @@
 """Diagnostics: numbers to look at, from tensors, models and measured losses; never part of a loss."""
 
+from danlu.diagnostics._attention_concentration import (
+    attention_sparsity,
+    linear_attention_sparsity_bound,
+    sparsity_of_gaussian,
+)
 from danlu.diagnostics._embedding_health import EmbeddingHealth, embedding_health
 from danlu.diagnostics._gradient_penalty import GradientPenaltyBound, gradient_penalty_bound
 from danlu.diagnostics._power_law import (
@@ -26,11 +31,14 @@ __all__ = [
     "ScalingExponents",
     "SpanScores",
     "TaskScores",
+    "attention_sparsity",
     "check_quanta_relation",
     "embedding_health",
     "fit_joint",
     "fit_power_law",
     "gradient_penalty_bound",
     "learning_times",
+    "linear_attention_sparsity_bound",
     "span_f1",
+    "sparsity_of_gaussian",
 ]
