@@ -40,12 +40,19 @@ def test_every_public_function_is_covered():
     # Not from (query, key, value): span scores and what is read off them, in test_global_pointer.py; one step of
     # decoding, in test_rerope_decode.py; a report.
     assert public - {"decode_spans", "explain_backend", "rerope_decode"} <= CASES.keys()
+    # Not from (query, key, value): span scores and what is read off them, in test_global_pointer.py.
+    # Linear in the length, without attn_mask: in test_vq_attention.py.
+    assert public - {"decode_spans", "init_codebook_from_keys", "vq_attention"} <= CASES.keys()
     assert {name for name in family.__all__ if inspect.isclass(getattr(family, name))} == {
         "BackendChoice",
         "EfficientGlobalPointer",
         "GlobalPointer",
+        "Quantized",
         "ReRoPE",
         "ReRoPECache",
+        "VQAttention",
+        "VQState",
+        "VectorQuantizer",
     }
 
 

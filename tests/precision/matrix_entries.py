@@ -108,6 +108,11 @@ SPANS = torch.tensor([[0, 1, 0, 2], [1, 0, 3, 3], [1, 2, 2, 5]])
 SPAN_HEADS = ((2, 3, 6, 8), (2, 3, 6, 8))
 POINTER = attention.GlobalPointer(8, 3, head_size=4)
 EFFICIENT = attention.EfficientGlobalPointer(8, 3, head_size=4)
+# Codewords far apart: a rounded key must not be nearest to another one.
+CODEBOOK = 3.0 * torch.eye(8)[:4].expand(2, 4, 8)
+QUANTIZER = attention.VectorQuantizer(4, 8, 2).eval()
+QUANTIZER.set_codebook(CODEBOOK)
+LAYER = attention.VQAttention(8, num_heads=1, num_codes=2, block_size=2).eval()
 LABEL_SETS = torch.tensor([[0, 2, -1], [3, -1, -1], [6, 5, 4], [-1, -1, -1]])
 
 
@@ -153,6 +158,11 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "attention.rope_attention": Operation(
         lambda q, k, v: attention.rope_attention(q, k, v, key_padding_mask=PADDING), QKV
+    ),
+    "attention.VQAttention": Operation(lambda h: LAYER(h, PADDING)[0], ((2, 6, 8),)),
+    "attention.VectorQuantizer": Operation(lambda k: QUANTIZER(k, PADDING)[0], ((2, 2, 6, 8),)),
+    "attention.vq_attention": Operation(
+        lambda q, k, v: attention.vq_attention(q, k, v, CODEBOOK, block_size=2, key_padding_mask=PADDING), QKV
     ),
     "losses.GradientPenalty": penalized(
         lambda net, loss, x: losses.GradientPenalty(net, input=0.1, parameter=0.1)(loss, x)
@@ -287,6 +297,10 @@ EXEMPT: dict[str, str] = {
     "attention.ReRoPECache": "keeps no graph; rerope_decode and rerope_attention are its steps",
     "attention.decode_spans": "comparisons, integers",
     "attention.explain_backend": "a report",
+    "attention.Quantized": "a record",
+    "attention.VQState": "a record",
+    "attention.decode_spans": "comparisons, integers",
+    "attention.init_codebook_from_keys": "sets codewords, without a gradient; half keys are computed in float32",
     "diagnostics.SpanScores": "a record",
     "diagnostics.span_f1": "sets of integers",
     "losses.virtual_adversarial_loss": "draws and differentiates by itself; symmetric_kl is its value, see its tests",

@@ -3,21 +3,33 @@
 Masks follow one convention everywhere: **True means visible**.
 """
 
+from danlu.attention._codebook_init import init_codebook_from_keys
 from danlu.attention._global_pointer import EfficientGlobalPointer, GlobalPointer, decode_spans
 from danlu.attention._rerope import ReRoPE, rerope_attention, rope_attention
 from danlu.attention._rerope_backend import BackendChoice, explain_backend
 from danlu.attention._rerope_cache import ReRoPECache
 from danlu.attention._rerope_decode import rerope_decode
+from danlu.attention._vector_quantizer import Quantized, VectorQuantizer
+from danlu.attention._vq_attention import vq_attention
+from danlu.attention._vq_decode import VQState
+from danlu.attention._vq_module import VQAttention
 
 __all__ = [
     "BackendChoice",
     "EfficientGlobalPointer",
     "GlobalPointer",
+    "Quantized",
     "ReRoPE",
     "ReRoPECache",
     "decode_spans",
     "explain_backend",
+    "VQAttention",
+    "VQState",
+    "VectorQuantizer",
+    "decode_spans",
+    "init_codebook_from_keys",
     "rerope_attention",
     "rerope_decode",
     "rope_attention",
+    "vq_attention",
 ]

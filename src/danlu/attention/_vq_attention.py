@@ -1,0 +1,338 @@
+r"""Softmax attention on quantized keys (Transformer-VQ), exact in time linear in the length.
+
+Source: Lingle (2023), "Transformer-VQ: Linear-Time Transformers via Vector Quantization", arXiv 2309.16354;
+"我在Performer中发现了Transformer-VQ的踪迹" (2023-11-29), "VQ一下Key，Transformer的复杂度就变成线性了" (2023-11-09).
+
+Shape letters: `B` batch; `H` query heads; `G` key heads, dividing `H`; `N` keys; `M` queries, the last `M` of the `N`
+slots; `D` head size; `E` value size; `S` codewords of a key head.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from danlu._common.checks import check_choice, check_floating, check_integer, check_real, check_same_device
+from danlu.attention._masks import check_attention, check_key_padding_mask, grouped_matmul, without_padding
+from danlu.attention._vector_quantizer import nearest_codes, straight_through
+from danlu.attention._vq_blocks import Cache, blockwise_attention
+
+__all__ = ["attend_to_codes", "vq_attention"]
+
+Backend = Literal["auto", "blocks", "reference"]
+
+
+def vq_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codebook: Tensor,
+    *,
+    block_size: int = 512,
+    is_causal: bool = True,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    grad_through_cache: bool = True,
+    key_padding_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Softmax attention to the codewords of the keys: exact, in time and memory linear in the length.
+
+    Definition:
+        $$o_i = \sum_j \operatorname{softmax}_j\big(s\,q_i^\top \hat k_j + b_{ij}\big)\,v_j, \qquad
+        \hat k_j = C_{z_j}, \quad z_j = \arg\min_s \lVert k_j - C_s \rVert^2$$
+        over the visible $j$, with $s$ = `scale` and $C$ = `codebook`. Tokens are in blocks of $\ell$ = `block_size`. A
+        pair is near if its blocks are the same or neighbors: there $b_{ij} = B_{i-j}$, from `bias`, and $\hat k_j =
+        \operatorname{sg}(C_{z_j}) + (k_j - \operatorname{sg}(k_j))$ passes its gradient straight through to the key.
+        Elsewhere $b_{ij} = 0$ and keys get no gradient. All those keys are summed up, per codeword $c$, by their number
+        $N_c$ and the mean $\bar v_c$ of their values,
+        $$\sum_{j\ \text{far}} e^{s\,q_i^\top C_{z_j}} v_j = \sum_c e^{s\,q_i^\top C_c + \log N_c}\,\bar v_c ,$$
+        so that a row has a softmax of at most $2\ell + S$ entries ($3\ell + S$ in both directions).
+
+    Args:
+        query: shape `(B, H, M, D)`.
+        key: shape `(B, G, N, D)` with $N \ge M$, not quantized; each key head serves `H / G` consecutive query heads.
+        value: shape `(B, G, N, E)`.
+        codebook: codewords, shape `(G, S, D)`, floating; it gets no gradient
+            ([`VectorQuantizer`][danlu.attention.VectorQuantizer] learns it by a moving average).
+        block_size: $\ell \ge 1$ (tokens).
+        is_causal: a query sees the keys of its own and earlier tokens; else all keys.
+        bias: $B$, shape `(H, 2 * block_size)` with entry $t$ for the distance $i - j = t$; without `is_causal` shape
+            `(H, 4 * block_size - 1)` with entry $t + 2\ell - 1$. None means 0.
+        scale: factor of the scores; None means $D^{-1/2}$.
+        grad_through_cache: whether far values get gradients; with False, as in the original's default, they do not.
+        key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. Hidden slots are taken out first:
+            blocks and distances count visible tokens. A query whose own slot is hidden is padding, too, and sees
+            nothing.
+        backend: "blocks" is linear in the length; "reference" is the dense definition, which has second derivatives;
+            "auto" takes the former.
+
+    Returns:
+        Shape `(B, H, M, E)`, dtype of `query`. A query that sees no key gets exactly 0 and no gradient.
+
+    Raises:
+        TypeError: not floating tensors of one dtype, a mask that is not bool, or options of a wrong type.
+        ValueError: `block_size` < 1, shapes or devices that do not fit, or an unknown `backend`.
+
+    Numerics:
+        Half inputs are computed in float32 and rounded once, also under autocast; float64 stays float64. So sums of
+        half values cannot overflow, and logarithms of counts are not rounded to half. The lowest code wins a tie. A key
+        that is not finite makes the rows that see it NaN; hidden keys and values cannot leak, not even NaN.
+
+    Cost:
+        $2M(\ell/2 + S)(D + E)$ flops per head forward, causal without `bias`; else near blocks cost $3\ell/2$ per
+        query instead of $\ell/2$ ($3\ell$ in both directions), as they do in the backward; $2NSD$ for the nearest
+        codes. Memory $O(N(D + E))$ and two states of $\lceil N/\ell \rceil SE$ numbers per key head; never a matrix of
+        scores. On the CPU with $E = D$ through stock flash kernels. No second derivative. A query that is decoded alone
+        still costs $O(N)$ here; [`VQAttention`][danlu.attention.VQAttention] keeps a state of constant size.
+
+    Differences:
+        The original sums values up without a gradient; here far values get theirs by default. In the forward without
+        bias only the block of the query itself is taken pair by pair, because quantized keys score the same either
+        way. Both directions are an extension.
+
+    Source:
+        Lingle (2023), arXiv 2309.16354, sections 3.1 to 3.3.
+
+    Example:
+        >>> import torch
+        >>> from danlu.attention import vq_attention
+        >>> query, key, value = torch.randn(3, 1, 2, 100, 8)
+        >>> vq_attention(query, key, value, codebook=torch.randn(2, 16, 8), block_size=16).shape
+        torch.Size([1, 2, 100, 8])
+    """
+    _check(query, key, value, codebook, block_size, is_causal, bias, scale, key_padding_mask, backend)
+    return attend_to_codes(
+        query,
+        key,
+        value,
+        codebook,
+        None,
+        block_size=block_size,
+        is_causal=is_causal,
+        bias=bias,
+        scale=scale,
+        grad_through_cache=grad_through_cache,
+        key_padding_mask=key_padding_mask,
+        backend=backend,
+    )
+
+
+def attend_to_codes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codebook: Tensor,
+    codes: Tensor | None,
+    *,
+    block_size: int,
+    is_causal: bool,
+    bias: Tensor | None,
+    scale: float | None,
+    grad_through_cache: bool,
+    key_padding_mask: Tensor | None,
+    backend: Backend,
+) -> Tensor:
+    """`vq_attention` for arguments that are checked, with the codes `(B, G, N)` of the keys where they are known."""
+    dtype = query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    rows, keys = query.shape[2], key.shape[2]
+    if rows == 0 or query.shape[0] == 0:
+        # Zero gradients and not none.
+        return query.new_zeros(*query.shape[:3], value.shape[-1]) + 0 * (query.sum() + key.sum() + value.sum())
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        query, key, value, codebook = (x.to(wide) for x in (query, key, value, codebook.detach()))
+        bias = None if bias is None else bias.to(wide)
+        key, value = without_padding(key, key_padding_mask), without_padding(value, key_padding_mask)
+        codes = nearest_codes(key, codebook) if codes is None else codes
+        quantized = straight_through(key, codebook, codes)
+        far_value = value if grad_through_cache else value.detach()
+        # Codewords are finite where their keys are not: the values carry what must not be hidden.
+        far_value = far_value + 0 * key.detach().sum(-1, keepdim=True)
+        if backend == "reference":
+            out = _dense(query, quantized, value, far_value, bias, block_size, is_causal, factor, key_padding_mask)
+            return out.to(dtype)
+        if key_padding_mask is None:
+            out = _in_blocks(
+                query, quantized, value, far_value, codebook, codes, bias, None, block_size, is_causal, factor
+            )
+            return out.to(dtype)
+        own = key_padding_mask[:, None, keys - rows :, None]
+        # Of fewer queries than keys, how many slots before the first one are hidden differs between samples.
+        query = F.pad(query.masked_fill(~own, 0.0), (0, 0, keys - rows, 0))
+        order = (~key_padding_mask).to(torch.int8).argsort(dim=1, stable=True)
+        query, quantized, value, far_value = (_reorder(x, order) for x in (query, quantized, value, far_value))
+        codes = codes.gather(2, order[:, None].expand_as(codes))
+        seen = torch.arange(keys, device=key.device) < key_padding_mask.sum(1, keepdim=True)
+        out = _in_blocks(query, quantized, value, far_value, codebook, codes, bias, seen, block_size, is_causal, factor)
+        out = _reorder(out, order.argsort(dim=1))[:, :, keys - rows :]
+        return out.masked_fill(~own, 0.0).to(dtype)
+
+
+def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
+    return tensor.gather(2, order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    far_value: Tensor,
+    bias: Tensor | None,
+    block_size: int,
+    is_causal: bool,
+    scale: float,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """The definition, with all scores: near pairs with their bias and gradients, far ones without."""
+    rows, keys = query.shape[2], key.shape[2]
+    shown = key.new_ones(query.shape[0], keys, dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+    place = shown.cumsum(1) - 1
+    distance = place[:, None, keys - rows :, None] - place[:, None, None, :]
+    block = place // block_size
+    near = (block[:, None, keys - rows :, None] - block[:, None, None, :]).abs() <= 1
+    visible = shown[:, None, keys - rows :, None] & shown[:, None, None, :]
+    visible = visible & (distance >= 0) if is_causal else visible
+    scores = grouped_matmul(query, key.mT) * scale
+    if bias is not None:
+        entry = (distance if is_causal else distance + bias.shape[1] // 2).clamp(0, bias.shape[1] - 1)
+        scores = scores + bias[torch.arange(len(bias), device=bias.device)[:, None, None], entry]
+    far_scores = grouped_matmul(query, key.detach().mT) * scale
+    empty = ~visible.any(-1, keepdim=True)
+    scores = torch.where(near, scores, far_scores).masked_fill(~visible & ~empty, -torch.inf).masked_fill(empty, 0.0)
+    weights = scores.softmax(-1).masked_fill(empty, 0.0)
+    return grouped_matmul(weights * near, value) + grouped_matmul(weights * ~near, far_value)
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    far_value: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    block_size: int,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """The block form for tokens without padding in between; `seen` `(B, N)` is False from some token on."""
+    rows, keys = query.shape[2], key.shape[2]
+    size = min(block_size, keys)
+    blocks = -(-keys // size)
+    before, behind = (keys - rows) % size, blocks * size - keys
+    # Where they have a block each, queries begin within the block of their first one.
+    query = F.pad(query, (0, 0, before, behind)).unflatten(2, (-1, size))
+    key, value, far_value = (F.pad(x, (0, 0, 0, behind)).unflatten(2, (blocks, size)) for x in (key, value, far_value))
+    codes = F.pad(codes, (0, behind)).unflatten(2, (blocks, size))
+    if is_causal:
+        # Hidden tokens are behind all others, which do not see them.
+        seen = None
+        cache, far = _caches_of_the_past(far_value, codes, codebook.shape[1], query.shape[2], bias is not None)
+    else:
+        if seen is None and behind:
+            seen = key.new_ones(len(key), keys, dtype=torch.bool)
+        if seen is not None:
+            seen = F.pad(seen, (0, behind)).unflatten(1, (blocks, size))
+        cache, far = _caches_of_both_sides(far_value, codes, codebook.shape[1], query.shape[2], seen, bias is not None)
+    out = blockwise_attention(
+        query, key, value, codebook, cache=cache, far=far, bias=bias, seen=seen, is_causal=is_causal, scale=scale
+    )
+    return out.flatten(2, 3)[:, :, before : before + rows]
+
+
+def _caches_of_the_past(value: Tensor, codes: Tensor, count: int, rows: int, with_bias: bool) -> tuple[Cache, Cache]:
+    """What blocks of queries see of all blocks before their own, and of all before the one before their own."""
+    blocks = value.shape[2]
+    first = blocks - rows
+    # State i is that of the blocks 0, ..., low + i.
+    low = max(first, 2) - 2
+    high = blocks - (2 if with_bias else 1)
+    states = max(0, high - low)
+    place = (torch.arange(max(high, 0), device=value.device) - low).clamp_min(0)
+    sums, counts = _sums(value[:, :, : max(high, 0)], codes[:, :, : max(high, 0)], place, states, count, None)
+    whole = _means(sums.cumsum(2), counts.cumsum(2))
+    far = Cache(*(x[:, :, : max(0, blocks - 2 - low)] for x in whole))
+    if with_bias:
+        return Cache(far.values.detach(), far.logs), far
+    near_end = max(first, 1) - 1 - low
+    return Cache(whole.values.detach()[:, :, near_end:], whole.logs[:, :, near_end:]), far
+
+
+def _caches_of_both_sides(
+    value: Tensor, codes: Tensor, count: int, rows: int, seen: Tensor | None, with_bias: bool
+) -> tuple[Cache, Cache]:
+    """What blocks of queries see of all blocks, and of those that are not their own or next to it."""
+    blocks = value.shape[2]
+    place = torch.arange(blocks, device=value.device)
+    sums, counts = _sums(value, codes, place, blocks, count, seen)
+
+    def outside(x: Tensor) -> Tensor:
+        # Sums from both ends: a difference from the total would cancel.
+        left, right = x.cumsum(2)[:, :, : blocks - 2], x.flip(2).cumsum(2).flip(2)[:, :, 2:]
+        empty = x[:, :, :2].new_zeros(*x.shape[:2], min(2, blocks), *x.shape[3:])
+        return (torch.cat((empty, left), 2) + torch.cat((right, empty), 2))[:, :, blocks - rows :]
+
+    far = _means(outside(sums), outside(counts)) if blocks > 2 else Cache(sums[:, :, :0], counts[:, :, :0])
+    if with_bias:
+        return Cache(far.values.detach(), far.logs), far
+    total = _means(sums.detach().sum(2, keepdim=True), counts.sum(2, keepdim=True))
+    return Cache(*(x.expand(-1, -1, rows, *x.shape[3:]) for x in total)), far
+
+
+def _sums(
+    value: Tensor, codes: Tensor, place: Tensor, states: int, count: int, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sums of values and numbers of keys by codeword, `(B, G, states, S, ...)`; block `i` goes to state `place[i]`."""
+    batch, heads, _, _, width = value.shape
+    owner = torch.arange(batch * heads, device=value.device).view(batch, heads, 1, 1) * states
+    rows = ((owner + place[:, None]) * count + codes).flatten()
+    sums = value.new_zeros(batch * heads * states * count, width).index_add(0, rows, value.reshape(-1, width))
+    ones = value.new_ones(codes.shape) if seen is None else seen[:, None].to(value.dtype).expand(codes.shape)
+    counts = value.new_zeros(len(sums)).index_add_(0, rows, ones.reshape(-1))
+    shape = (batch, heads, states, count)
+    return sums.view(*shape, width), counts.view(shape)
+
+
+def _means(sums: Tensor, counts: Tensor) -> Cache:
+    """The logarithm of a count of 0 is -inf, which hides the codeword."""
+    return Cache(sums / counts.clamp_min(1.0)[..., None], counts.log())
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codebook: Tensor,
+    block_size: int,
+    is_causal: bool,
+    bias: Tensor | None,
+    scale: float | None,
+    key_padding_mask: Tensor | None,
+    backend: str,
+) -> None:
+    check_choice("backend", backend, ("auto", "blocks", "reference"))
+    check_integer("block_size", block_size, low=1)
+    if scale is not None:
+        check_real("scale", scale)
+    check_attention(query, key, value, scale)
+    check_key_padding_mask(key_padding_mask, key)
+    check_floating("codebook", codebook)
+    wanted = (key.shape[1], key.shape[3])
+    if codebook.ndim != 3 or (codebook.shape[0], codebook.shape[2]) != wanted or codebook.shape[1] == 0:
+        raise ValueError(
+            f"codebook must have shape (G, S, D) with G = {wanted[0]}, S >= 1, D = {wanted[1]}, "
+            f"got {tuple(codebook.shape)}"
+        )
+    check_same_device(query=query, codebook=codebook, bias=bias)
+    if bias is not None:
+        check_floating("bias", bias)
+        width = 2 * block_size if is_causal else 4 * block_size - 1
+        if tuple(bias.shape) != (query.shape[1], width):
+            raise ValueError(
+                f"bias must have shape (H, {'2' if is_causal else '4'} * block_size{'' if is_causal else ' - 1'}) = "
+                f"{(query.shape[1], width)}, got {tuple(bias.shape)}"
+            )
