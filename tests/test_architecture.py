@@ -35,6 +35,8 @@ NO_TRIAL = {
     "attention/vq_attention": "equal to its definition; the trial of the layer follows",
     "attention/vq_decode": "part of vq_module; equal to the full pass, which its tests hold",
     "attention/vq_module": "the layer that the trial attention/vq_attention trains",
+    "attention/feature_maps": "arms of the trial attention/linear_attention",
+    "attention/linear_chunks": "how linear attention is computed",
     "attention/masks": "visibility rules shared by the attention functions",
     "attention/rerope_backend": "how ReRoPE is computed",
     "attention/rerope_cache": "generation with ReRoPE",

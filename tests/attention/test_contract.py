@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 import danlu.attention as family
-from danlu.attention import ReRoPE, rerope_attention, rope_attention
+from danlu.attention import ReRoPE, feature_map, linear_attention, rerope_attention, rope_attention
+
+
+def linear(query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask=None, **options) -> Tensor:
+    """Linear attention from queries and keys, as the other functions take them."""
+    features = feature_map("elu1")(query, key, key_padding_mask)
+    return linear_attention(*features, value, key_padding_mask=key_padding_mask, **options)
+
 
 # Every public function, with the options that it needs.
 CASES = {
@@ -17,7 +24,11 @@ CASES = {
     "rerope_attention_leaky": partial(rerope_attention, window=3, slope=0.3),
     "rerope_attention_banded": partial(rerope_attention, window=3, slope=0.3, backend="banded"),
     "rerope_attention_log_n": partial(rerope_attention, window=3, logn="train", train_length=5),
+    "linear_attention": linear,
 }
+# Those of scores; linear attention has none that could be masked or scaled. What it refuses is in its own test.
+SCORED = {name: function for name, function in CASES.items() if not name.startswith("linear")}
+scored = pytest.mark.parametrize("function", SCORED.values(), ids=SCORED.keys())
 functions = pytest.mark.parametrize("function", CASES.values(), ids=CASES.keys())
 causality = pytest.mark.parametrize("is_causal", [True, False])
 
@@ -43,9 +54,13 @@ def test_every_public_function_is_covered():
     # Not from (query, key, value): span scores and what is read off them, in test_global_pointer.py.
     # Linear in the length, without attn_mask: in test_vq_attention.py.
     assert public - {"decode_spans", "init_codebook_from_keys", "vq_attention"} <= CASES.keys()
+    # Not from (query, key, value) alone: span scores and what is read off them, in test_global_pointer.py; feature maps
+    # and steps with a state, in test_feature_maps.py and test_linear_attention.py.
+    assert public - {"decode_spans", "feature_map", "linear_attention_step"} <= CASES.keys()
     assert {name for name in family.__all__ if inspect.isclass(getattr(family, name))} == {
         "BackendChoice",
         "EfficientGlobalPointer",
+        "FavorFeatures",
         "GlobalPointer",
         "Quantized",
         "ReRoPE",
@@ -53,6 +68,10 @@ def test_every_public_function_is_covered():
         "VQAttention",
         "VQState",
         "VectorQuantizer",
+        "LinearAttention",
+        "LinearAttentionState",
+        "ReRoPE",
+        "SoftVQFeatures",
     }
 
 
@@ -137,7 +156,7 @@ def test_padding(function, is_causal, mask, dtype):
         torch.testing.assert_close(out[1:, :, mask[1]], expected, rtol=tolerance, atol=tolerance)
 
 
-@functions
+@scored
 @causality
 def test_masks_combine(function, is_causal):
     """Blocks of a packed batch equal separate sequences, whatever else is hidden."""
@@ -216,7 +235,7 @@ def test_compile_empty_and_strided(function):
     assert empty[0].grad.shape == (2, 4, 0, 6)
 
 
-@functions
+@scored
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_options_reach_the_scores(function, interleaved):
     query, key, value = tensors()
@@ -228,7 +247,7 @@ def test_options_reach_the_scores(function, interleaved):
     torch.testing.assert_close(changed, rescaled, rtol=1e-12, atol=1e-12)
 
 
-@functions
+@scored
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [

@@ -113,12 +113,20 @@ CODEBOOK = 3.0 * torch.eye(8)[:4].expand(2, 4, 8)
 QUANTIZER = attention.VectorQuantizer(4, 8, 2).eval()
 QUANTIZER.set_codebook(CODEBOOK)
 LAYER = attention.VQAttention(8, num_heads=1, num_codes=2, block_size=2).eval()
+FAVOR = attention.FavorFeatures(8, 6, generator=torch.Generator().manual_seed(0))
 LABEL_SETS = torch.tensor([[0, 2, -1], [3, -1, -1], [6, 5, 4], [-1, -1, -1]])
 
 
 def shown(scores: Tensor) -> Tensor:
     """Scores of hidden spans are infinite."""
     return scores.masked_fill(scores.isinf(), 0.0)
+
+
+def read_in_parts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Linear attention over four tokens and two more."""
+    first, state = attention.linear_attention_step(*(x[:, :, :4] for x in (query, key, value)), chunk_size=2)
+    second, _ = attention.linear_attention_step(*(x[:, :, 4:] for x in (query, key, value)), state, chunk_size=2)
+    return torch.cat((first, second), dim=2)
 
 
 def two_passes(z: Tensor) -> Tensor:
@@ -143,6 +151,28 @@ OPERATIONS: dict[str, Operation] = {
     "activations.SquarePlus:in_place": Operation(lambda x: activations.SquarePlus(inplace=True)(x * 1.0), ((4, 7),)),
     "activations.squareplus": Operation(lambda x, raw: activations.squareplus(x, raw.float().square()), ((4, 7), (1,))),
     "activations.squareplus:cpp": Operation(lambda x: activations.squareplus(x, impl="cpp"), ((4, 7),)),
+    "attention.FavorFeatures": Operation(
+        lambda q, k: torch.cat([x.flatten() for x in FAVOR(q, k, PADDING)]), QKV[:2], tolerance=16.0
+    ),
+    "attention.LinearAttention": Operation(
+        lambda q, k, v: attention.LinearAttention("exp", rope_base=100.0)(q, k, v, PADDING), QKV, tolerance=12.0
+    ),
+    "attention.SoftVQFeatures": Operation(
+        lambda q, k, c: torch.cat([x.flatten() for x in attention.SoftVQFeatures(c.float(), sigma=1.0)(q, k, PADDING)]),
+        (*QKV[:2], (5, 8)),
+        tolerance=24.0,
+    ),
+    "attention.feature_map": Operation(
+        lambda q, k: torch.cat([x.flatten() for x in attention.feature_map("elu1")(q, k, PADDING)]), QKV[:2]
+    ),
+    "attention.linear_attention": Operation(
+        lambda q, k, v: attention.linear_attention(q.square(), k.square(), v, chunk_size=2, key_padding_mask=PADDING),
+        QKV,
+        tolerance=16.0,
+    ),
+    "attention.linear_attention_step": Operation(
+        lambda q, k, v: read_in_parts(q.square(), k.square(), v), QKV, tolerance=16.0
+    ),
     "attention.ReRoPE": Operation(lambda q, k, v: attention.ReRoPE(window=3)(q, k, v, PADDING), QKV),
     "attention.rerope_attention": Operation(
         lambda q, k, v: attention.rerope_attention(q, k, v, window=3, slope=0.5, key_padding_mask=PADDING), QKV
@@ -295,6 +325,7 @@ EXEMPT: dict[str, str] = {
     "losses.LinearStats": "a record",
     "attention.BackendChoice": "a record",
     "attention.ReRoPECache": "keeps no graph; rerope_decode and rerope_attention are its steps",
+    "attention.LinearAttentionState": "a record",
     "attention.decode_spans": "comparisons, integers",
     "attention.explain_backend": "a report",
     "attention.Quantized": "a record",

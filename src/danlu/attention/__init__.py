@@ -4,7 +4,14 @@ Masks follow one convention everywhere: **True means visible**.
 """
 
 from danlu.attention._codebook_init import init_codebook_from_keys
+from danlu.attention._feature_maps import FavorFeatures, SoftVQFeatures, feature_map
 from danlu.attention._global_pointer import EfficientGlobalPointer, GlobalPointer, decode_spans
+from danlu.attention._linear_attention import (
+    LinearAttention,
+    LinearAttentionState,
+    linear_attention,
+    linear_attention_step,
+)
 from danlu.attention._rerope import ReRoPE, rerope_attention, rope_attention
 from danlu.attention._rerope_backend import BackendChoice, explain_backend
 from danlu.attention._rerope_cache import ReRoPECache
@@ -17,6 +24,7 @@ from danlu.attention._vq_module import VQAttention
 __all__ = [
     "BackendChoice",
     "EfficientGlobalPointer",
+    "FavorFeatures",
     "GlobalPointer",
     "Quantized",
     "ReRoPE",
@@ -28,6 +36,14 @@ __all__ = [
     "VectorQuantizer",
     "decode_spans",
     "init_codebook_from_keys",
+    "LinearAttention",
+    "LinearAttentionState",
+    "ReRoPE",
+    "SoftVQFeatures",
+    "decode_spans",
+    "feature_map",
+    "linear_attention",
+    "linear_attention_step",
     "rerope_attention",
     "rerope_decode",
     "rope_attention",
