@@ -70,7 +70,6 @@ def test_every_public_function_is_covered():
         "VectorQuantizer",
         "LinearAttention",
         "LinearAttentionState",
-        "ReRoPE",
         "SoftVQFeatures",
     }
 
@@ -173,7 +172,7 @@ def test_masks_combine(function, is_causal):
     torch.testing.assert_close(both[:, :, 4:], out[:, :, 4:], rtol=1e-12, atol=1e-12)
 
 
-@functions
+@scored
 @causality
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_floating_masks_are_added_to_the_scores(function, is_causal, dtype):
@@ -196,7 +195,7 @@ def test_floating_masks_are_added_to_the_scores(function, is_causal, dtype):
     torch.testing.assert_close(function(*inputs, is_causal=is_causal, attn_mask=rows), plain, rtol=0, atol=limit)
 
 
-@functions
+@scored
 @causality
 def test_floating_masks_weigh_keys_by_their_exponentials(function, is_causal):
     """Values that are the identity show the weights."""

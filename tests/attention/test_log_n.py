@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from danlu.attention import ReRoPE, rerope_attention, rope_attention
-from danlu.attention._log_n import count_visible, log_n_factor
+from danlu.attention._log_n import count_visible
+from danlu.positions import logn_scale
 
 
 def test_factors():
     count = torch.tensor([0, 1, 2, 8, 64, 512])
-    train = log_n_factor(count, "train", 64)
+    train = logn_scale(count, 64, "train")
     expected = [math.log(max(n, 2)) / math.log(64) for n in count.tolist()]
     torch.testing.assert_close(train, torch.tensor(expected, dtype=torch.float64))
-    assert log_n_factor(count, "post", 64).tolist() == [1.0, 1.0, 1.0, 1.0, 1.0, 1.5]
+    assert logn_scale(count, 64, "post").tolist() == [1.0, 1.0, 1.0, 1.0, 1.0, 1.5]
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

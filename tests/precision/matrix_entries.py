@@ -330,7 +330,6 @@ EXEMPT: dict[str, str] = {
     "attention.explain_backend": "a report",
     "attention.Quantized": "a record",
     "attention.VQState": "a record",
-    "attention.decode_spans": "comparisons, integers",
     "attention.init_codebook_from_keys": "sets codewords, without a gradient; half keys are computed in float32",
     "diagnostics.SpanScores": "a record",
     "diagnostics.span_f1": "sets of integers",

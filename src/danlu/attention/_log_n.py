@@ -5,7 +5,6 @@ Source: "Transformer升级之路:12、无限外推的ReRoPE?" (2023-08-07), and 
 Shape letters: as in `danlu.attention._rerope`.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from danlu._common.checks import check_choice, check_integer
 from danlu.attention._masks import mask_visible, segments
 
-__all__ = ["LogN", "check_log_n", "count_visible", "log_n_factor"]
+__all__ = ["LogN", "check_log_n", "count_visible"]
 
 LogN = Literal["train", "post"]
 
@@ -32,17 +31,6 @@ def check_log_n(logn: str | None, train_length: int | None) -> None:
     if train_length is None:
         raise ValueError(f"logn={logn!r} needs train_length, the length that the model was trained with")
     check_integer("train_length", train_length, low=2)
-
-
-def log_n_factor(count: Tensor, logn: LogN, train_length: int) -> Tensor:
-    r"""Factor of a query that sees `count` keys, float64.
-
-    With "train" $\log \max(n, 2) / \log T$, and with "post" $\max(1, \log n / \log T)$: a model that was trained
-    without the factor must see 1 up to its training length.
-    """
-    low = 2 if logn == "train" else 1
-    factor = count.clamp(min=low).to(torch.float64).log() / math.log(train_length)
-    return factor if logn == "train" else factor.clamp(min=1.0)
 
 
 def count_visible(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from danlu._common.checks import check_integer, check_real, is_low_precision
 from danlu.attention._band_calls import Masks
 from danlu.attention._bands import banded_attention
-from danlu.attention._log_n import LogN, check_log_n, count_visible, log_n_factor
+from danlu.attention._log_n import LogN, check_log_n, count_visible
 from danlu.attention._masks import (
     attend,
     check_attention,
@@ -25,7 +25,7 @@ from danlu.attention._masks import (
     without_padding,
 )
 from danlu.attention._rerope_backend import Backend, check_backend, in_bands
-from danlu.positions import apply_rope, rope_frequencies
+from danlu.positions import apply_rope, logn_scale, rope_frequencies
 
 __all__ = ["ReRoPE", "rerope_attention", "rope_attention"]
 
@@ -314,7 +314,7 @@ def _query_factor(
         cu_seqlens=masks.cu_seqlens,
         attn_mask=masks.attn_mask,
     )
-    return log_n_factor(count, logn, train_length).to(torch.promote_types(query.dtype, torch.float32))
+    return logn_scale(count, train_length, logn).to(torch.promote_types(query.dtype, torch.float32))
 
 
 def _turned_query(

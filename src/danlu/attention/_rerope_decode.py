@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu._common.checks import check_integer, check_real, check_same_device, is_low_precision
-from danlu.attention._log_n import LogN, check_log_n, log_n_factor
+from danlu.attention._log_n import LogN, check_log_n
 from danlu.attention._masks import (
     check_attention,
     check_key_padding_mask,
@@ -22,7 +22,7 @@ from danlu.attention._masks import (
     resolve_frequencies,
     without_padding,
 )
-from danlu.positions import apply_rope
+from danlu.positions import apply_rope, logn_scale
 
 __all__ = ["rerope_decode"]
 
@@ -113,7 +113,7 @@ def rerope_decode(
         query = query.float()
     if logn is not None and train_length is not None:
         count = _visible(key.shape[2], length, key_padding_mask, query)
-        query = query * log_n_factor(count, logn, train_length).to(query.dtype)
+        query = query * logn_scale(count, train_length, logn).to(query.dtype)
     rotation = _Rotation(window, slope, frequencies, interleaved)
     cache = _Band(query, key, value, key_padding_mask)
     if isinstance(length, Tensor):

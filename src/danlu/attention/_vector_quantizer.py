@@ -52,7 +52,7 @@ class Quantized(NamedTuple):
     r"""What a [`VectorQuantizer`][danlu.attention.VectorQuantizer] returns.
 
     Definition:
-        $\hat k_j = C_{z_j}$, $z_j = \arg\min_s \lVert k_j - C_s \rVert^2$.
+        $\hat k_j = C_{z_j}$, $z_j = \operatorname{argmin}_s \lVert k_j - C_s \rVert^2$.
 
     Args:
         key: quantized keys, shape `(B, H, N, D)`, whose gradient goes straight through to the keys; 0 in hidden slots.
@@ -87,7 +87,7 @@ class VectorQuantizer(nn.Module):
     r"""A codebook per head that replaces keys by their nearest codewords and learns by a moving average.
 
     Definition:
-        $$z_j = \arg\min_s \lVert k_j - C_s \rVert^2, \qquad \hat k_j = \operatorname{sg}(C_{z_j}) +
+        $$z_j = \operatorname{argmin}_s \lVert k_j - C_s \rVert^2, \qquad \hat k_j = \operatorname{sg}(C_{z_j}) +
         (k_j - \operatorname{sg}(k_j))$$
         $$n_s \leftarrow \gamma n_s + (1 - \gamma) \sum_j \Delta_{js}, \quad
         m_s \leftarrow \gamma m_s + (1 - \gamma) \sum_j \Delta_{js} k_j, \quad C_s = \frac{m_s}{\max(n_s, 0.01)}$$

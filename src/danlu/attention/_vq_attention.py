@@ -41,7 +41,7 @@ def vq_attention(
 
     Definition:
         $$o_i = \sum_j \operatorname{softmax}_j\big(s\,q_i^\top \hat k_j + b_{ij}\big)\,v_j, \qquad
-        \hat k_j = C_{z_j}, \quad z_j = \arg\min_s \lVert k_j - C_s \rVert^2$$
+        \hat k_j = C_{z_j}, \quad z_j = \operatorname{argmin}_s \lVert k_j - C_s \rVert^2$$
         over the visible $j$, with $s$ = `scale` and $C$ = `codebook`. Tokens are in blocks of $\ell$ = `block_size`. A
         pair is near if its blocks are the same or neighbors: there $b_{ij} = B_{i-j}$, from `bias`, and $\hat k_j =
         \operatorname{sg}(C_{z_j}) + (k_j - \operatorname{sg}(k_j))$ passes its gradient straight through to the key.
