@@ -48,15 +48,11 @@ def tensors(*, heads=4, key_heads=2, queries=9, keys=9, dim=6, value_dim=5, batc
 
 def test_every_public_function_is_covered():
     public = {name for name in family.__all__ if inspect.isfunction(getattr(family, name))}
-    # Not from (query, key, value): span scores and what is read off them, in test_global_pointer.py; one step of
-    # decoding, in test_rerope_decode.py; a report.
-    assert public - {"decode_spans", "explain_backend", "rerope_decode"} <= CASES.keys()
-    # Not from (query, key, value): span scores and what is read off them, in test_global_pointer.py.
-    # Linear in the length, without attn_mask: in test_vq_attention.py.
-    assert public - {"decode_spans", "init_codebook_from_keys", "vq_attention"} <= CASES.keys()
-    # Not from (query, key, value) alone: span scores and what is read off them, in test_global_pointer.py; feature maps
-    # and steps with a state, in test_feature_maps.py and test_linear_attention.py.
-    assert public - {"decode_spans", "feature_map", "linear_attention_step"} <= CASES.keys()
+    # Not from (query, key, value) alone: span scores and what is read off them, in test_global_pointer.py; steps of
+    # decoding, in test_rerope_decode.py and test_linear_attention.py; codebooks and attention to them, in
+    # test_codebook_init.py and test_vq_attention.py; feature maps, in test_feature_maps.py; a report.
+    elsewhere = {"decode_spans", "explain_backend", "rerope_decode", "init_codebook_from_keys", "vq_attention"}
+    assert public - elsewhere - {"feature_map", "linear_attention_step"} <= CASES.keys()
     assert {name for name in family.__all__ if inspect.isclass(getattr(family, name))} == {
         "BackendChoice",
         "EfficientGlobalPointer",

@@ -22,7 +22,7 @@ class VQAttention(nn.Module):
 
     Definition:
         $$q = D^{-1/4}\operatorname{LN}(W_q x), \quad k = D^{-1/4}\operatorname{LN}(W_k x), \quad v = W_v x, \qquad
-        y = W_o\, \text{vq\_attention}(q, k, v, C;\ s = 1, B)$$
+        y = W_o\, \operatorname{VQ}(q, k, v, C;\ s = 1, B)$$
         per head of size $D = C / H$, with LN the normalization of a head without scale and shift, $C$ the codebook of a
         [`VectorQuantizer`][danlu.attention.VectorQuantizer], and $B$ a learned bias by distance within near blocks, the
         only thing that knows of positions.
