@@ -131,6 +131,54 @@ def test_zero_is_relu(impl):
         torch.testing.assert_close(tiny, torch.tensor([0.0, math.sqrt(small) / 2, 1.0]), rtol=0.5, atol=1e-30)
 
 
+@impls
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_small_numbers_and_small_b(dtype, impl):
+    """Where squares vanish nothing is divided by 0: ReLU has slope 1 above 0 however small the input is."""
+    tiny = torch.tensor([1e-15, 1e-20, 1e-25, 1e-40, 2.0**-126, 1.4e-45, 1e-310]).to(dtype)
+    x = torch.cat((tiny, -tiny, torch.zeros(1, dtype=dtype))).requires_grad_()
+    y = squareplus(x, 0.0, impl=impl)
+    assert torch.equal(y, F.relu(x))
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert torch.equal(slope, (x > 0).to(dtype))
+    assert (torch.autograd.grad(slope.sum(), x)[0] == 0).all()
+    for amount in (0.0, 1e-45, 1e-38, 1e-30):
+        b = torch.tensor(amount, dtype=torch.float64).to(dtype).requires_grad_()
+        for one in (amount, b):
+            out = squareplus(x, one, impl=impl)
+            by_x = torch.autograd.grad(out.sum(), x, create_graph=True)[0]
+            assert out.isfinite().all()
+            assert ((by_x >= 0) & (by_x <= 1)).all()
+            assert not torch.autograd.grad(by_x.sum(), x)[0].isnan().any()
+        if dtype != torch.float64:
+            assert torch.autograd.grad(squareplus(x, b, impl=impl).sum(), b)[0].isfinite()
+
+
+@impls
+def test_second_derivative_for_small_b(impl):
+    """An inverse of the squares, whose square overflows, would make it NaN or infinite."""
+    x = torch.tensor([0.0, 1e-10, -1e-10, 3e-10, 1e-5], requires_grad=True)
+    (slope,) = torch.autograd.grad(squareplus(x, 1e-20, impl=impl).sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    wide = x.detach().double()
+    torch.testing.assert_close(curvature.double(), 1e-20 / (2 * (wide**2 + 1e-20) ** 1.5), rtol=1e-5, atol=1e3)
+
+
+@impls
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_number(dtype, impl):
+    """All of them, within one unit in the last place of the float64 values."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = x[~x.isnan()]
+    for b in (0.0, 1e-6, 1.5238210, 4.0, 1e4):
+        wanted = squareplus(x.double(), b, impl="reference").to(dtype)
+        found = squareplus(x, b, impl=impl)
+        # Numbers of one sign are in the order of their bits.
+        apart = (found.view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
+        assert apart.max() <= 1
+        assert (apart > 0).sum() <= 5
+
+
 def test_presets_are_what_they_say():
     x = grid(60, 240_001)
     softplus = F.softplus(x)

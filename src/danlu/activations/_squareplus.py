@@ -29,6 +29,9 @@ _FAR = 2.0**60
 _LARGEST_B = 1e20
 # Below it a quarter of b may vanish in float32.
 _SMALL_B = 1e-30
+# b / 4 is at least this where the derivatives divide by its sum with a square, which may vanish.
+# kernels/cpu/squareplus.cpp has the same.
+_LEAST_SQUARES = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 
 def squareplus(
@@ -69,9 +72,10 @@ def squareplus(
     Numerics:
         As $\max(x, 0) + y(-\lvert x\rvert)$, and the latter as a quotient: the definition cancels for $x < 0$, with
         relative errors above 4.4 and results of 0 from $-5800$ on in float32. Exact to two units in the last place for
-        every $x$, also where $x^2$ is infinite;
+        every $x$, also where $x^2$ is infinite, and for $b = 0$ or $b \ge 10^{-30}$ also where it vanishes;
         $y(-\infty) = 0$, $y(\infty) = \infty$, NaN stays. Half inputs are computed in float32. Where the result is 0
-        both derivatives are 0, as for ReLU at 0. All derivatives are right to any order.
+        both derivatives are 0, as for ReLU at 0. All derivatives are right to any order; in them a positive or a
+        tensor `b` is at least $4\cdot10^{-30}$ (in float64 $4\cdot10^{-290}$).
 
     Cost:
         One pass forward, one backward, and one saved tensor, the output, which the next layer keeps anyway.
@@ -221,6 +225,8 @@ def _takes_kernel(input: Tensor, b: float | Tensor, impl: Implementation) -> boo
 
 def _values(input: Tensor, b: float | Tensor) -> Tensor:
     x = input.float() if is_low_precision(input.dtype) else input
+    if not isinstance(b, Tensor) and not b:
+        return x.relu().to(input.dtype)
     # ReLU and what is above it, which is the value at -|x|: no difference of large numbers, and one division for both.
     # Without an argument's memory: in place on what is new, since large temporaries cost more than the arithmetic.
     if isinstance(b, Tensor) or b < _SMALL_B:
@@ -245,8 +251,13 @@ def _slopes(output: Tensor, b: float | Tensor) -> tuple[Tensor, Tensor]:
     flat = y == 0
     near = y.masked_fill(flat, 1.0).clamp(max=_FAR)
     square = near.square()
-    inverse = 1 / (square + 0.25 * (b.to(y.dtype) if isinstance(b, Tensor) else b))
-    return (square * inverse).masked_fill(flat, 0.0), (0.25 * near * inverse).masked_fill(flat, 0.0)
+    least = _LEAST_SQUARES[y.dtype]
+    quarter = (0.25 * b.to(y.dtype)).clamp(min=least) if isinstance(b, Tensor) else max(0.25 * b, least)
+    # Divided, not multiplied by an inverse, whose own derivatives overflow for small b.
+    by_b = 0.25 * near / (square + quarter)
+    # The slope of ReLU is 1 also where squares vanish; NaN stays.
+    by_input = square / (square + quarter) if isinstance(b, Tensor) or b else 0.0 * near + 1.0
+    return by_input.masked_fill(flat, 0.0), by_b.masked_fill(flat, 0.0)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:

@@ -1,6 +1,8 @@
 // SquarePlus and its derivative from the output alone, elementwise.
 #include "common.h"
 
+#include <limits>
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -11,6 +13,9 @@ using namespace danlu;
 
 // From here on sqrt(x^2 + b) is |x| for every b up to 1e20, and the squares below it are finite in float.
 constexpr double FAR = 1152921504606846976.0;  // 2^60
+// A sum of squares that is still divided by.
+template <class F>
+constexpr F LEAST_SQUARE = std::is_same_v<F, double> ? F(1e-290) : F(1e-30);
 // Elements of half dtypes that are converted at a time.
 constexpr int64_t BLOCK = 512;
 
@@ -35,9 +40,9 @@ void forward_plain(const F* x, F* y, int64_t n, F b) {
 }
 
 // Returns the sum of g y / (4 y^2 + b), which is the gradient of b.
-template <class F>
+template <bool relu, class F>
 F backward_plain(const F* g, const F* y, F* dx, int64_t n, F b) {
-  const F quarter = b * F(0.25);
+  const F quarter = b * F(0.25) > LEAST_SQUARE<F> ? b * F(0.25) : LEAST_SQUARE<F>;
   F total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) {
@@ -45,7 +50,8 @@ F backward_plain(const F* g, const F* y, F* dx, int64_t n, F b) {
     F grad = g[i], near = clipped(y[i]), square = near * near;
     // The output is 0 where it is too small for the dtype, or the function is ReLU: slope 0.
     F inverse = near == F(0) ? F(0) : F(1) / (square + quarter);
-    dx[i] = grad * (square * inverse);
+    // The slope of ReLU is 1 also where squares vanish; NaN stays.
+    dx[i] = grad * (relu ? (near == F(0) ? F(0) : F(0) * near + F(1)) : square * inverse);
     total += grad * (near * inverse);
   }
   return F(0.25) * total;
@@ -78,14 +84,24 @@ void forward_vector(const float* x, float* y, int64_t n, float b) {
 }
 #endif
 
+template <class F>
+void forward_relu(const F* x, F* y, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] < F(0) ? F(0) : std::fabs(x[i]);
+}
+
 inline void forward_of(const float* x, float* y, int64_t n, float b) {
+  if (b == 0) return forward_relu(x, y, n);
 #ifdef __AVX512F__
   // The estimate needs a square of normal size.
   if (b >= 1e-30f) return forward_vector(x, y, n, b);
 #endif
   forward_plain(x, y, n, b);
 }
-inline void forward_of(const double* x, double* y, int64_t n, double b) { forward_plain(x, y, n, b); }
+inline void forward_of(const double* x, double* y, int64_t n, double b) {
+  if (b == 0) return forward_relu(x, y, n);
+  forward_plain(x, y, n, b);
+}
 
 template <class P>
 void forward_run(const P* x, P* y, int64_t n, double b) {
@@ -103,6 +119,11 @@ void forward_run(const P* x, P* y, int64_t n, double b) {
   }
 }
 
+template <class F>
+F backward_of(const F* g, const F* y, F* dx, int64_t n, F b) {
+  return b == F(0) ? backward_plain<true>(g, y, dx, n, b) : backward_plain<false>(g, y, dx, n, b);
+}
+
 template <class P>
 double backward_run(const P* g, const P* y, P* dx, int64_t n, double b) {
   using F = arithmetic<P>;
@@ -113,11 +134,11 @@ double backward_run(const P* g, const P* y, P* dx, int64_t n, double b) {
   for (int64_t start = 0; start < n; start += size) {
     const int64_t count = n - start < size ? n - start : size;
     if constexpr (std::is_same_v<P, F>) {
-      total += backward_plain(g + start, y + start, dx + start, count, static_cast<F>(b));
+      total += backward_of(g + start, y + start, dx + start, count, static_cast<F>(b));
     } else {
       for (int64_t i = 0; i < count; ++i) grad[i] = load(g[start + i]);
       for (int64_t i = 0; i < count; ++i) value[i] = load(y[start + i]);
-      total += backward_plain(grad, value, grad, count, static_cast<F>(b));
+      total += backward_of(grad, value, grad, count, static_cast<F>(b));
       for (int64_t i = 0; i < count; ++i) store(dx[start + i], grad[i]);
     }
   }
