@@ -245,19 +245,21 @@ def _values(input: Tensor, b: float | Tensor) -> Tensor:
     return (above + x.relu()).to(input.dtype)
 
 
-def _slopes(output: Tensor, b: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives in the input and in b, as differentiable functions of the output and of b."""
+def _slopes(output: Tensor, b: float | Tensor, *, in_b: bool) -> tuple[Tensor, Tensor | None]:
+    """The derivatives in the input and, if asked, in b, as differentiable functions of the output and of b."""
     y = output.float() if is_low_precision(output.dtype) else output
     flat = y == 0
     near = y.masked_fill(flat, 1.0).clamp(max=_FAR)
+    if not isinstance(b, Tensor) and not b:
+        # That of ReLU is 1 also where squares vanish; NaN stays.
+        return (0.0 * near + 1.0).masked_fill(flat, 0.0), None
     square = near.square()
     least = _LEAST_SQUARES[y.dtype]
     quarter = (0.25 * b.to(y.dtype)).clamp(min=least) if isinstance(b, Tensor) else max(0.25 * b, least)
     # Divided, not multiplied by an inverse, whose own derivatives overflow for small b.
-    by_b = 0.25 * near / (square + quarter)
-    # The slope of ReLU is 1 also where squares vanish; NaN stays.
-    by_input = square / (square + quarter) if isinstance(b, Tensor) or b else 0.0 * near + 1.0
-    return by_input.masked_fill(flat, 0.0), by_b.masked_fill(flat, 0.0)
+    total = square + quarter
+    by_b = (0.25 * near / total).masked_fill(flat, 0.0) if in_b else None
+    return (square / total).masked_fill(flat, 0.0), by_b
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -269,9 +271,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
     if ctx.kernel and (torch.compiler.is_compiling() or (not torch.is_grad_enabled() and _has_address(grad))):
         d_input, d_b = squareplus_backward(grad, output, b)
         return d_input, d_b.to(rest[0].dtype) if needs_b else None, None
-    by_input, by_b = _slopes(output, b)
+    by_input, by_b = _slopes(output, b, in_b=needs_b)
     d_input = (grad.to(by_input.dtype) * by_input).to(grad.dtype)
-    return d_input, (grad.to(by_b.dtype) * by_b).sum().to(rest[0].dtype) if needs_b else None, None
+    return d_input, None if by_b is None else (grad.to(by_b.dtype) * by_b).sum().to(rest[0].dtype), None
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, float | Tensor, bool], output: Tensor) -> None:
@@ -300,10 +302,10 @@ class _SquarePlus(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
         output, *rest = ctx.saved_tensors
-        by_input, by_b = _slopes(output, rest[0] if rest else ctx.b)
         d_input, d_b, _ = grad_inputs
+        by_input, by_b = _slopes(output, rest[0] if rest else ctx.b, in_b=d_b is not None)
         change = torch.zeros_like(by_input) if d_input is None else d_input.to(by_input.dtype) * by_input
-        if d_b is not None:
+        if by_b is not None:
             change = change + d_b.to(by_b.dtype) * by_b
         return change.to(output.dtype)
 
