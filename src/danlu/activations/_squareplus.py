@@ -226,7 +226,7 @@ def _takes_kernel(input: Tensor, b: float | Tensor, impl: Implementation) -> boo
 def _values(input: Tensor, b: float | Tensor) -> Tensor:
     x = input.float() if is_low_precision(input.dtype) else input
     if not isinstance(b, Tensor) and not b:
-        return x.relu().to(input.dtype)
+        return torch.where(x < 0, 0.0, x.abs()).to(input.dtype)
     # ReLU and what is above it, which is the value at -|x|: no difference of large numbers, and one division for both.
     # Without an argument's memory: in place on what is new, since large temporaries cost more than the arithmetic.
     if isinstance(b, Tensor) or b < _SMALL_B:
