@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from danlu.lab.errors import TrialError
+from danlu.lab.runner import run_trial
+from danlu.lab.store import Store
 from danlu.lab.tasks.pixel_selection import PixelSelection, PixelSelector, _filter, _iterated
 from danlu.lab.trial import find_trial
 from danlu.simplex import soft_topk
@@ -73,5 +75,24 @@ def test_a_fit_goes_on_bit_for_bit(method):
     assert 0 <= scores["chosen_overlap"] <= 1
 
 
-def test_the_trial_is_found():
-    assert find_trial("soft_topk")[1].task == TASK
+def test_the_trial_compares_smooth_masks_with_every_simple_one():
+    trial = find_trial("soft_topk")[1]
+    assert trial.task == TASK
+    simple = {"random", "anova", "mutual_information", "straight_through", "scaled_softmax"}
+    assert simple | {"iter", "exp", "sigmoid", "laplace", "grad"} <= trial.arms.keys()
+    assert {arm.options["k"] for arm in trial.arms.values()} == {6, 12}
+    assert len({len(arm.grid) for arm in trial.arms.values()}) == 1
+    found = {(one.candidate, one.baseline, one.metric) for one in trial.decides}
+    assert {("laplace", name, "accuracy") for name in simple - {"random"}} <= found
+    assert ("laplace_12", "scaled_softmax_12", "searched_accuracy") in found
+
+
+@pytest.mark.trial
+def test_trial_runs_at_ci_size(tmp_path):
+    with Store(tmp_path) as store:
+        outcome = run_trial("soft_topk", size="ci", store=store)
+    assert len(outcome.arms) == 14
+    for arm in outcome.arms:
+        learned = not arm.name.startswith(("random", "anova", "mutual_information"))
+        assert ("searched_accuracy" in arm.metrics) == learned
+        assert {"accuracy", "chosen_overlap"} <= arm.metrics.keys()
