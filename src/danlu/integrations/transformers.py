@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from danlu.integrations.transformers_probe import AttentionProbe
 from danlu.integrations.transformers_rerope import RopePatch, patch_rope
 
-__all__ = ["RopePatch", "patch_rope", "token_loss"]
+__all__ = ["AttentionProbe", "RopePatch", "patch_rope", "token_loss"]
 
 
 class TokenLoss(Protocol):
