@@ -1,0 +1,60 @@
+"""Linear attention against softmax attention in a language model: elu + 1, its rotation, and random features."""
+
+from danlu.lab.tasks.linear_byte_lm import LinearByteLM
+from danlu.lab.trial import Arm, Budget, Comparison, Trial
+
+_LRS = ({"lr": 0.008}, {"lr": 0.004}, {"lr": 0.016})
+_FUNCTION = "danlu.attention.linear_attention"
+
+
+def _as_good(candidate: str) -> Comparison:
+    return Comparison(candidate=candidate, baseline="softmax_rope", metric="bits_per_byte", better="lower", margin=0.05)
+
+
+TRIAL = Trial(
+    claim=(
+        "Linear attention predicts bytes as well as softmax attention with RoPE, to 0.05 bits per byte: with elu + 1 "
+        "features rotated in the numerator, which are better than unrotated ones, and with 64 random features (FAVOR+)."
+    ),
+    source="arXiv 2006.16236, 2104.09864, 2009.14794; “我在Performer中发现了Transformer-VQ的踪迹” (2023-11-29)",
+    equation=r"o_i=\frac{\sum_{j\le i}(\phi(q_i)\cdot\phi(k_j))\,v_j}{\sum_{j\le i}\phi(q_i)\cdot\phi(k_j)}",
+    task=LinearByteLM(),
+    arms={
+        "softmax_rope": Arm(grid=_LRS),
+        "elu1": Arm(options={"kind": "elu1"}, grid=_LRS, method=_FUNCTION),
+        "elu1_rope": Arm(options={"kind": "elu1_rope"}, grid=_LRS, method=_FUNCTION),
+        "favor_rope": Arm(options={"kind": "favor_rope"}, grid=_LRS, method="danlu.attention.FavorFeatures"),
+    },
+    decides=(
+        _as_good("elu1_rope"),
+        _as_good("favor_rope"),
+        Comparison(candidate="elu1_rope", baseline="elu1", metric="bits_per_byte", better="lower"),
+    ),
+    selects=("bits_per_byte", "lower"),
+    sizes={
+        "ci": Budget(
+            steps=10, seeds=3, grid=1, options={"width": 16, "context": 32, "batch_size": 4, "heads": 2, "windows": 8}
+        ),
+        "demo": Budget(steps=100, seeds=3, grid=1),
+        "report": Budget(steps=250, seeds=5),
+        "gpu": Budget(
+            steps=3000,
+            seeds=5,
+            grid=2,
+            options={
+                "device": "cuda",
+                "context": 1024,
+                "width": 512,
+                "layers": 6,
+                "heads": 8,
+                "features": 256,
+                "batch_size": 32,
+            },
+        ),
+    },
+    notes=(
+        "Heads have 16 channels; FAVOR+ has 64 fixed features, of queries and keys that are rotated before, so it "
+        "estimates the very attention of the baseline. elu + 1 without rotation has no notion of positions but the "
+        "causal mask."
+    ),
+)
