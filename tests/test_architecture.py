@@ -35,7 +35,6 @@ NO_TRIAL = {
     "attention/vq_decode": "part of vq_module; equal to the full pass, which its tests hold",
     "attention/vq_module": "the layer of vq_attention; no trial yet",
     "attention/feature_maps": "maps for linear_attention; no trial yet",
-    "attention/linear_attention": "no trial yet",
     "attention/linear_chunks": "how linear attention is computed",
     "attention/masks": "visibility rules shared by the attention functions",
     "attention/rerope_backend": "how ReRoPE is computed",
