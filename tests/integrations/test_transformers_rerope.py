@@ -36,6 +36,10 @@ FAMILIES = {
             rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         )
     ),
+    # Every second layer does not rotate.
+    "smollm3": lambda: transformers.SmolLM3ForCausalLM(
+        transformers.SmolLM3Config(**SMALL, no_rope_layer_interval=2, use_sliding_window=False)
+    ),
     # One layer with full attention, one with a window; one rotary module for both, and one per kind.
     "qwen2 with windows": lambda: transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(
@@ -242,6 +246,30 @@ def test_generation_is_the_same_with_every_cache(family):
     assert not torch.equal(generate(ids), expected)
 
 
+def test_trying_out_leaves_no_trace():
+    model = make("llama")
+    state = torch.get_rng_state()
+    names = set(dict(model.named_modules()))
+    patch_rope(model).remove()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(dict(model.named_modules())) == names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, ids = make("llama", torch.float32), tokens(24)
+    with patch(model, window=5):
+        exact = logits(model, ids)
+    model = model.to(dtype)
+    plain = logits(model, ids)
+    with patch(model, window=100):
+        assert (logits(model, ids) - plain).abs().max() < 0.05 * plain.abs().max()
+    with patch(model, window=5):
+        out = logits(model, ids)
+        assert out.dtype == dtype
+        assert (out - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_default_window():
     with patch_rope(make("llama")) as handle:
         assert handle.window == 16
@@ -272,6 +300,24 @@ def test_bidirectional_models_stay_so():
         torch.testing.assert_close(logits(model, ids), plain, rtol=0, atol=1e-4)
         padded = logits(model, F.pad(ids, (5, 0)), attention_mask=F.pad(torch.ones_like(ids), (5, 0)))
         torch.testing.assert_close(padded[:, 5:], plain, rtol=0, atol=1e-4)
+
+
+def with_layers(kind):
+    model = make("llama")
+    model.config.layer_types = ["full_attention", kind]
+    return model
+
+
+def with_parameters(**parameters):
+    model = make("llama")
+    model.config.rope_parameters.update(parameters)
+    return model
+
+
+def without_tables():
+    model = make("llama")
+    model.model.layers[1].self_attn.forward = lambda hidden_states, cos_sin: None
+    return model
 
 
 def tiny(kind, **options):
@@ -321,6 +367,27 @@ REFUSED = {
     ),
     "its scores are soft-capped": tiny("Gemma2", **SMALL, head_dim=8, sliding_window=4),
     "it has attention sinks": tiny("GptOss", **SMALL, head_dim=8, num_local_experts=2, sliding_window=4),
+    "it has cross attention": lambda: transformers.T5GemmaForConditionalGeneration(
+        transformers.T5GemmaConfig(**{kind: {**SMALL, "head_dim": 8} for kind in ("encoder", "decoder")})
+    ),
+    "it has parts with configurations of their own; patch its language model": lambda: (
+        transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                text_config=transformers.LlamaConfig(**SMALL),
+                vision_config=transformers.CLIPVisionConfig(
+                    hidden_size=16,
+                    intermediate_size=16,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    image_size=8,
+                    patch_size=4,
+                ),
+            )
+        )
+    ),
+    "it has layers of other kinds: chunked_attention": lambda: with_layers("chunked_attention"),
+    "its positions have several kinds": lambda: with_parameters(mrope_section=[1, 1, 2]),
+    "its attention could not be tried out": lambda: without_tables(),
     "patched already": lambda: patch_rope(make("llama")).model,
 }
 

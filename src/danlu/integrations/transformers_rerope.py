@@ -4,10 +4,9 @@ Only public extension points are used: the attention and mask interfaces, and su
 and no module of transformers is changed.
 """
 
-import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,28 +17,37 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.attention import rerope_attention, rerope_decode
+from danlu.integrations.transformers_rerope_models import (
+    attention_modules,
+    frequencies,
+    is_local,
+    kind_prefix,
+    refuse_what_cannot_work,
+    rope_parameters,
+    rotary_modules,
+    unrotated_modules,
+)
 
 __all__ = ["RopePatch", "patch_rope"]
 
 _NAME = "danlu_rerope"
 # Where attributes of ours are kept on attention modules and on masks.
 _SETTINGS, _SLOTS = "danlu_rerope", "danlu_slots"
-_FULL, _LOCAL = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
 class _Settings:
     """What the attention function needs to know; one object per patched kind of layer.
 
-    A local layer keeps plain RoPE. `rotated`: its queries and keys arrive rotated, from a rotary module of its own.
+    Without a window a layer keeps plain RoPE. `rotated`: queries and keys arrive rotated, from a rotary module of their
+    own.
     """
 
-    window: int
+    window: int | None
     slope: float
     inv_freq: Tensor
     logn: Literal["post"] | None
     train_length: int
-    local: bool = False
     rotated: bool = False
     seen: list[tuple[Callable[[], Tensor | None], "_Visibility"]] = field(default_factory=list)
 
@@ -146,13 +154,12 @@ def _attend(
     scaling: float | None,
 ) -> Tensor:
     options: dict[str, Any] = {
-        # Local layers keep plain RoPE: their window is within the trained positions.
-        "window": key.shape[2] if settings.local else settings.window,
+        "window": key.shape[2] if settings.window is None else settings.window,
         "slope": settings.slope,
         "inv_freq": settings.inv_freq.to(query.device),
         "scale": scaling,
     }
-    if settings.logn is not None and not settings.local:
+    if settings.logn is not None:
         options |= {"logn": settings.logn, "train_length": settings.train_length}
     padding = seen.key_padding_mask
     if query.shape[2] == 1 and (mask is None or (mask.shape[1] == 1 and mask.dtype == torch.bool)):
@@ -166,15 +173,15 @@ def _attend(
 class _Unrotated(nn.Module):
     """Stands in for a rotary module: the tables of no rotation, so that the cache holds keys as they are."""
 
-    def __init__(self, original: nn.Module, prefix: str) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original
-        self._width = 2 * len(_frequencies(original, prefix))
-        self._scaling = float(getattr(original, f"{prefix}attention_scaling", 1.0))
+        self._width = 2 * len(frequencies(original))
+        self._scaling = float(getattr(original, f"{kind_prefix(original)}attention_scaling", 1.0))
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Cosines of 1 (times the original's attention scaling) and sines of 0."""
-        if _LOCAL in (*args, *kwargs.values()):
+        if "sliding_attention" in (*args, *kwargs.values()):
             return self.original(x, position_ids, *args, **kwargs)
         if position_ids.ndim > 2:
             raise ValueError(f"positions of {position_ids.shape[0]} kinds have no slots")
@@ -186,24 +193,25 @@ class RopePatch:
     """A patched model; `remove()`, or the end of a `with` block, restores it exactly."""
 
     def __init__(
-        self, model: PreTrainedModel, rotary: list[tuple[nn.Module, str, nn.Module]], settings: _Settings
+        self, model: PreTrainedModel, rotary: tuple[nn.Module, str, nn.Module], settings: _Settings, window: int
     ) -> None:
         self.model = model
-        self.window = settings.window
+        self.window = window
         self.train_length = settings.train_length
-        self._rotary = rotary
-        self._attention = _attention_modules(model)
+        self._parent, self._name, self._original = rotary
+        self._attention = attention_modules(model)
         self._implementation = str(model.config._attn_implementation)
         self._active = True
-        prefix = _prefix(rotary[0][2])
-        for parent, name, original in rotary:
-            setattr(parent, name, _Unrotated(original, prefix))
-        local = _Settings(
-            settings.window, settings.slope, settings.inv_freq, None, settings.train_length, True, bool(prefix)
-        )
+        # The window of local layers is within the trained positions, so they keep plain RoPE.
+        local = replace(settings, window=None, logn=None, rotated=bool(kind_prefix(self._original)))
+        # Layers that do not rotate have no positions; frequencies of 0 rotate by nothing.
+        still = replace(settings, window=None, inv_freq=torch.zeros(1, dtype=torch.float64))
+        unrotated = unrotated_modules(model, self._original)
         for module in self._attention:
+            kind = local if is_local(module, model.config) else still if module in unrotated else settings
             # An attribute and not a submodule or buffer, so that the state dict is as it was.
-            object.__setattr__(module, _SETTINGS, local if _is_local(module, model.config) else settings)
+            object.__setattr__(module, _SETTINGS, kind)
+        setattr(self._parent, self._name, _Unrotated(self._original))
         model.set_attn_implementation(_NAME)
 
     def remove(self) -> None:
@@ -211,8 +219,7 @@ class RopePatch:
         if not self._active:
             return
         self._active = False
-        for parent, name, original in self._rotary:
-            setattr(parent, name, original)
+        setattr(self._parent, self._name, self._original)
         for module in self._attention:
             object.__delattr__(module, _SETTINGS)
         self.model.set_attn_implementation(self._implementation)
@@ -245,7 +252,8 @@ def patch_rope(
 
     Args:
         model: a model of transformers with RoPE in halves (Llama, Qwen, Mistral, Phi-3 and relatives). It is changed in
-            place.
+            place. Every layer is tried on a few random vectors first, to see that it rotates as it should; layers that
+            do not rotate at all, such as some of SmolLM3's, have no positions and stay as they are.
         method: "rerope".
         window: $w \ge 1$ (tokens); None means half of `max_position_embeddings`. Tune it first.
         slope: $\rho \ge 0$; above 0 is Leaky ReRoPE.
@@ -302,106 +310,15 @@ def patch_rope(
         raise ValueError(f"train_length is of use with logn only, got {train_length} without it")
     if train_length is not None:
         check_integer("train_length", train_length, low=2)
-    rotary = _rotary_modules(model)
-    _refuse_what_cannot_work(model, rotary, full_attention_only)
+    rotary = rotary_modules(model)
+    refuse_what_cannot_work(model, rotary, full_attention_only, patched=_SETTINGS)
     trained = int(model.config.max_position_embeddings)
     if window is None:
         window = max(1, trained // 2)
     if train_length is None:
-        train_length = max(2, int(_rope_parameters(model.config).get("original_max_position_embeddings", trained)))
+        train_length = max(2, int(rope_parameters(model.config).get("original_max_position_embeddings", trained)))
     # Both, or padding would be ignored: without a mask function the attention gets no mask.
     AttentionInterface.register(_NAME, _forward)
     AttentionMaskInterface.register(_NAME, _mask)
-    frequencies = _frequencies(rotary[0][2], _prefix(rotary[0][2])).to(torch.float64)
-    return RopePatch(model, rotary, _Settings(window, slope, frequencies, logn, train_length))
-
-
-def _prefix(rotary: nn.Module) -> str:
-    """Of the attributes of a rotary module that has frequencies by kind of layer."""
-    return f"{_FULL}_" if isinstance(getattr(rotary, "rope_type", None), dict) else ""
-
-
-def _frequencies(rotary: nn.Module, prefix: str) -> Tensor:
-    frequencies = getattr(rotary, f"{prefix}inv_freq", None)
-    if not isinstance(frequencies, Tensor):
-        raise ValueError(f"{type(rotary).__name__} has no frequencies")
-    return frequencies.detach()
-
-
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    """Those of the layers with full attention."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return parameters.get(_FULL) or parameters
-
-
-def _rotary_modules(model: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Parent, name and module of every rotary embedding."""
-    return [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if hasattr(child, "rope_type") and not isinstance(parent, _Unrotated)
-    ]
-
-
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")]
-
-
-def _layer_type(module: nn.Module, config: Any) -> str:
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return str(types[int(str(module.layer_idx))])
-    slides = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
-    return _FULL if slides is None else _LOCAL
-
-
-def _is_local(module: nn.Module, config: Any) -> bool:
-    return _layer_type(module, config) == _LOCAL
-
-
-def _refuse_what_cannot_work(
-    model: PreTrainedModel, rotary: list[tuple[nn.Module, str, nn.Module]], full_attention_only: bool
-) -> None:
-    name, config = type(model).__name__, model.config
-
-    def refuse(reason: str) -> None:
-        raise ValueError(f"{name} cannot be patched: {reason}")
-
-    attention = _attention_modules(model)
-    if any(hasattr(module, _SETTINGS) for module in attention):
-        refuse("it is patched already; remove the first patch")
-    if getattr(config, "is_encoder_decoder", False):
-        refuse("it has cross attention")
-    if getattr(config, "sub_configs", None):
-        refuse("it has parts with configurations of their own; patch its language model instead")
-    if not rotary:
-        refuse("it has no rotary position embedding")
-    if not getattr(model, "_supports_attention_backend", False) or not attention:
-        refuse("its attention does not go through transformers' AttentionInterface")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        refuse("latent attention rotates a part of the keys after caching")
-    if any(getattr(module, "attn_logit_softcapping", None) is not None for module in attention):
-        refuse("its scores are soft-capped")
-    if any(hasattr(module, "sinks") for module in attention):
-        refuse("it has attention sinks")
-    kinds = {_layer_type(module, config) for module in attention}
-    if not kinds <= {_FULL, _LOCAL}:
-        refuse(f"it has layers of other kinds: {', '.join(sorted(kinds - {_FULL, _LOCAL}))}")
-    if _LOCAL in kinds and not full_attention_only:
-        refuse(
-            "it has layers with a sliding window, which is within the trained positions already; "
-            "full_attention_only=True leaves them alone"
-        )
-    if _FULL not in kinds:
-        refuse("all of its layers have a sliding window")
-    parameters = _rope_parameters(config)
-    if len(rotary) > 1 or any(isinstance(value, dict) for value in parameters.values()):
-        refuse("its layers have different rotary embeddings")
-    kind = getattr(rotary[0][2], "rope_type", "default")
-    kind = kind.get(_FULL) if isinstance(kind, dict) else kind
-    if kind in ("dynamic", "longrope"):
-        refuse(f"rope_type {kind!r} changes its frequencies with the length")
-    rotate_half = getattr(sys.modules[type(attention[0]).__module__], "rotate_half", None)
-    if rotate_half is None or rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
-        refuse("it does not rotate channels in halves")
+    inv_freq = frequencies(rotary[0][2]).to(torch.float64)
+    return RopePatch(model, rotary[0], _Settings(window, slope, inv_freq, logn, train_length), window)
