@@ -335,3 +335,31 @@ def test_unknown_backends_are_refused():
         rope_attention(query, key, value, backend="flash")
     with pytest.raises(ValueError, match="backend must be"):
         ReRoPE(window=4, backend="flash")
+
+
+@pytest.mark.parametrize("function", [rope_attention, partial(rerope_attention, window=64)], ids=["rope", "rerope"])
+def test_compiled_gradients_of_whole_bands(function):
+    """Long enough that the kernel's gradients come as they are, in strides of its own."""
+    function = partial(function, backend="banded")
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 2, 320, 16, generator=generator).requires_grad_() for _ in range(3)]
+    expected = torch.autograd.grad(function(*tensors).square().sum(), tensors)
+    compiled = torch.compile(function, fullgraph=True)
+    found = torch.autograd.grad(compiled(*tensors).square().sum(), tensors)
+    for a, b in zip(found, expected, strict=True):
+        assert a.is_contiguous()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [4, 64])
+def test_forward_mode_is_refused(window):
+    """The operator would give tangents of 0 without a word."""
+    query, key, value = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
+
+    def attend(q, backend):
+        return rerope_attention(q, key, value, window=window, backend=backend)
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: attend(q, "banded"), (query,), (torch.ones_like(query),))
+    _, tangent = torch.func.jvp(lambda q: attend(q, "reference"), (query,), (torch.ones_like(query),))
+    assert tangent.abs().max() > 0

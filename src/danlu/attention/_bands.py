@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from danlu._common.checks import is_low_precision
 from danlu.attention._band_calls import Call, Job, Masks, band_calls, call_bias, call_mask, jobs, tile_calls, tile_mask
@@ -66,6 +67,9 @@ def banded_attention(
         tensors = [None if x is None else nn.functional.pad(x, (0, width - x.shape[-1])) for x in tensors]
     if portable and is_low_precision(query.dtype):
         tensors = [None if x is None else x.float() for x in tensors]
+    if not torch.compiler.is_compiling() and any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
+        # The operator would give tangents of 0.
+        raise RuntimeError("attention in bands has no forward-mode derivative; use backend='reference'")
     given = masks.key_padding_mask, masks.cu_seqlens, masks.attn_mask
     out = _forward(*tensors, *given, is_causal, min(window, key.shape[2]), scale, portable)[0].to(query.dtype)
     return out if out.shape[-1] == channels else out[..., :channels]
@@ -165,7 +169,10 @@ def _backward(
             place = job.rows if i in _QUERIES else job.keys
             if part is not None:
                 grads[i] = _added(grads[i], part, place, tensors[i], job.samples)
-    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(tensors, grads, strict=True)]
+    # A compiler relies on the strides that the fake promises; a kernel has its own.
+    return [
+        (torch.zeros_like(x) if grad is None else grad).contiguous() for x, grad in zip(tensors, grads, strict=True)
+    ]
 
 
 def _added(total: Tensor | None, part: Tensor, where: slice, like: Tensor, samples: Tensor | None = None) -> Tensor:
@@ -279,7 +286,8 @@ def _(
     scale: float,
     portable: bool,
 ) -> list[Tensor]:
-    return [torch.empty_like(x) for x in _filled(near_query, near_key, left_query, right_query, far_key, value)]
+    tensors = _filled(near_query, near_key, left_query, right_query, far_key, value)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
