@@ -246,6 +246,29 @@ def test_gradcheck(loss):
         assert torch.autograd.gradcheck(lambda z, r=reduction: loss(z, target, reduction=r), logits)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_agrees_or_is_refused(name):
+    """A directional derivative is the gradient times the direction, at NaN in ignored rows as well."""
+    logits, target = batch(5)
+    target[2] = -100
+    logits[2] = float("nan")
+    direction = torch.randn_like(logits)
+
+    def loss(z: Tensor) -> Tensor:
+        return CASES[name](z, target)
+
+    # The engine of linear heads and the rows of entmax have reverse mode only.
+    head = name.startswith("linear") or name[0].isupper()
+    if head or name.startswith(("entmax", "sparsemax")):
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative" if head else "forward mode AD"):
+            torch.func.jvp(loss, (logits,), (direction,))
+        return
+    found = torch.func.jvp(loss, (logits,), (direction,))[1]
+    torch.testing.assert_close(found, (torch.func.grad(loss)(logits) * direction).sum())
+    rows = torch.func.hessian(loss)(logits)
+    torch.testing.assert_close(rows, torch.func.jacrev(torch.func.grad(loss))(logits))
+
+
 def test_masked_logits():
     """A logit of -inf is as good as absent; the linear losses have the same test with a bias of -inf."""
     logits, target = batch(1)

@@ -280,6 +280,18 @@ def test_compile():
         torch.testing.assert_close(compiled(logits, target), tailr_loss(logits, target, **options))
 
 
+def test_compiled_gradients_of_ignored_rows_are_exact_zeros():
+    logits, target = torch.randn(4, 5, dtype=torch.float64), torch.randint(5, (4,))
+    target[1], logits[1, 2] = -100, math.nan
+    mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    torch.compile(lambda z, y: tailr_loss(z, y, gamma=0.3), fullgraph=True, backend="aot_eager")(
+        mine, target
+    ).backward()
+    tailr_loss(theirs, target, gamma=0.3).backward()
+    assert (mine.grad[1] == 0).all()
+    torch.testing.assert_close(mine.grad, theirs.grad)
+
+
 def test_checkpoint_and_autocast():
     logits, target = torch.randn(4, 5, requires_grad=True), torch.randint(5, (4,))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -72,16 +72,26 @@ class _KeepRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors  # pyrefly: ignore[missing-attribute]
         return grad_outputs[0].masked_fill(~keep[..., None], 0.0), None
 
+    @staticmethod
+    def jvp(ctx: FunctionCtx, *grad_inputs: Tensor) -> Tensor:
+        (keep,) = ctx.saved_tensors  # pyrefly: ignore[missing-attribute]
+        return grad_inputs[0].masked_fill(~keep[..., None], 0.0)
+
 
 def scores_of_kept_rows(input: Tensor, keep: Tensor) -> Tensor:
     """Logits, in float32 if they are half; rows that are not kept get a gradient of exactly 0."""
-    return _KeepRows.apply(input.float() if is_low_precision(input.dtype) else input, keep)
+    scores = input.float() if is_low_precision(input.dtype) else input
+    if torch.compiler.is_compiling():
+        # A compiler does not trace functions with a forward-mode derivative, and makes no copy of this.
+        return torch.where(keep[..., None], scores, scores.detach())
+    return _KeepRows.apply(scores, keep)
 
 
 def negative_log_likelihood(
