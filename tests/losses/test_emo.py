@@ -255,6 +255,38 @@ def test_confident_rows_pull_no_more_than_ten_times_cross_entropy(mode, logit, d
     assert mine <= 10 * plain
 
 
+@pytest.mark.parametrize("logit", [10.0, 20.0, 25.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "emo_anchored_shifted"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_confident_rows_with_a_table_of_costs(mode, dtype, logit, fused):
+    """The weight e / l of "emo_anchored" is at most the largest cost, also where l rounds to 0."""
+    logits, target, _ = confident(logit, dtype)
+    costs = 1 - torch.eye(1000, dtype=dtype)
+    if fused:
+        head = torch.eye(1000, dtype=dtype)
+        loss = linear_emo_loss(logits, head, target, cost_matrix=costs, **MODES[mode])
+    else:
+        loss = emo_loss(logits, target, cost_matrix=costs, **MODES[mode])
+    plain = norm_of_gradient(F.cross_entropy(logits, target), logits)
+    assert norm_of_gradient(loss, logits) <= 10 * plain
+    if mode == "emo_anchored" and dtype == torch.float32 and logit == 25.0:
+        nll = F.cross_entropy(logits, target)
+        cost = (logits.softmax(-1) * costs[target]).sum()
+        uncorrected = (cost / (nll + 1e-10)).detach() * nll + cost
+        assert norm_of_gradient(uncorrected, logits) > 100 * plain
+
+
+def test_a_table_with_a_diagonal_is_not_bounded():
+    """What the target itself costs stays in the weight, so that formulas are those of the definition."""
+    logits, target, _ = problem()
+    costs = torch.full((6, 6), 0.5, dtype=torch.float64)
+    value = emo_loss(logits, target, cost_matrix=costs, mode="emo_anchored", reduction="none")
+    nll = F.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(value, (0.5 / (nll + 1e-10)).detach() * nll + 0.5)
+    assert (0.5 / nll.detach()).max() > 0.5
+
+
 @modes
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_rows_with_large_logits_are_finite(mode, dtype):
@@ -362,6 +394,9 @@ def test_transforms_compile_checkpoint_and_autocast():
     for mode in ("ce_anchored", "emo_anchored"):
         compiled = torch.compile(partial(run, mode=mode), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(logits, target), run(logits, target, mode=mode))
+    table = partial(emo_loss, cost_matrix=1 - torch.eye(6, dtype=torch.float64), mode="emo_anchored")
+    compiled = torch.compile(table, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, target), table(logits, target))
     again = torch.utils.checkpoint.checkpoint(run, logits, target, use_reentrant=False)
     torch.testing.assert_close(again, run(logits, target))
     with torch.autocast("cpu", dtype=torch.bfloat16):

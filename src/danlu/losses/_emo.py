@@ -69,7 +69,8 @@ def emo_loss(
         cost_embedding: shape `(V, E)`, any floating dtype; normally a copy of the pretrained head. No gradient flows
             into it. A row of zeros costs 1 from and to all others.
         cost_matrix: shape `(V, V)`, costs $\ge 0$ of target (row) and class (column), in place of the embedding: for
-            ordered classes or a hierarchy. Its diagonal is taken as it is.
+            ordered classes or a hierarchy. Its diagonal is taken as it is; if it is not 0, the weight of "emo_anchored"
+            grows without bound as a token is fitted.
         mode: how cross entropy and cost are combined. "pure" is bounded and not proper: it is minimal at a one-hot
             medoid, so it sharpens without bound and learns slowly from scratch; the part of cross entropy keeps the
             calibration.
@@ -412,6 +413,8 @@ class EMO:
         )
         cost = GroundCost(embedding=self.cost_embedding, matrix=self.cost_matrix, cache=self.cost_cache)
         object.__setattr__(self, "_cost", cost)
+        bounded = self.mode == "emo_anchored" and not self.shift_target
+        object.__setattr__(self, "_largest", cost.largest() if bounded else None)
 
     @property
     def ground_cost(self) -> GroundCost:
@@ -433,9 +436,12 @@ class EMO:
             return 0.5 * (nll + ratio * e), 0.5 * ones, 0.5 * ratio
         least = nll.clamp(min=self.min_nll) if self.shift_target else nll
         ratio = e / (least + self.eps)
-        if not self.shift_target and self.cost_matrix is None:
-            # For cosine costs e <= 2 (1 - p) <= 2 l. Beyond that is rounding: the l of a fitted token may be 0.
-            ratio = ratio.clamp(max=2.0)
+        # e <= max(c) (1 - p) <= max(c) l. Beyond that is rounding: the l of a fitted token may be 0.
+        largest = self._largest  # pyrefly: ignore[missing-attribute]
+        if isinstance(largest, Tensor):
+            ratio = torch.minimum(ratio, largest.to(ratio.dtype))
+        elif largest is not None:
+            ratio = ratio.clamp(max=largest)
         return ratio * nll + e, ratio, ones
 
 

@@ -86,6 +86,13 @@ class GroundCost:
         """Whether the head is the cost embedding."""
         return isinstance(self.embedding, str)
 
+    def largest(self) -> float | Tensor:
+        """A bound on the costs of other classes than the target; infinite if targets cost something themselves."""
+        if self.matrix is None:
+            return 2.0
+        known = self.matrix.diagonal().eq(0).all()
+        return torch.where(known, self.matrix.amax(), torch.inf)
+
     def check(self, classes: int, device: torch.device) -> None:
         """Raise `ValueError` unless the costs are those of `classes` classes on `device`."""
         for name, tensor in (("cost_embedding", self.embedding), ("cost_matrix", self.matrix)):
