@@ -23,7 +23,7 @@ from danlu.losses import (
     mixce_loss,
     tailr_loss,
 )
-from danlu.losses._linear import default_chunk
+from danlu.losses._linear import _bytes_of_logit, default_chunk
 
 ROWS, FEATURES, CLASSES = 65, 6, 11
 
@@ -239,6 +239,33 @@ def test_memory_budget_chooses_the_chunk():
             value = linear_loss(hidden, weight, target, loss, memory_budget=budget)
         assert counter.largest == max(100, rows) * (rows if rows > 4 else 4)
         torch.testing.assert_close(value, linear_loss(hidden, weight, target, loss))
+
+
+@pytest.mark.parametrize(
+    ("loss", "dtype", "bytes_of_logit"),
+    [
+        (CrossEntropy(), torch.float32, 4),
+        (CrossEntropy(), torch.float64, 8),
+        (CrossEntropy(), torch.bfloat16, 4 + 2),
+        (EMO(cost_embedding="head"), torch.float64, 16),
+        (EMO(cost_embedding="head"), torch.float16, 8 + 2),
+        (EMO(cost_matrix=torch.eye(5)), torch.float32, 4),
+        (EMO(cost_embedding=torch.eye(5), cost_cache=True), torch.float32, 4),
+        (F.cross_entropy, torch.float32, 8),
+    ],
+)
+def test_bytes_of_a_chunk(loss, dtype, bytes_of_logit):
+    assert _bytes_of_logit(loss, dtype) == bytes_of_logit
+
+
+def test_memory_budget_holds_in_float64():
+    """Numbers of 8 bytes make a chunk of half as many rows."""
+    (hidden, weight, _), target = problem(64)
+    budget = 8 * CLASSES * 8
+    with torch.no_grad(), _Counter() as counter:
+        value = linear_loss(hidden, weight, target, CrossEntropy(), memory_budget=budget)
+    assert counter.products == 8
+    torch.testing.assert_close(value, linear_loss(hidden, weight, target, CrossEntropy()))
 
 
 def test_distributed_tensors_are_refused():

@@ -155,7 +155,8 @@ def linear_loss(
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for one loss per row.
         normalizer: replaces the denominator of "mean", such as the number of tokens in all micro-batches of a step.
         chunk_size: rows per chunk; None balances the chunk against the weight's gradient, see Cost.
-        memory_budget: bytes for the buffers of a chunk; the chunk is the largest power of two that fits, at least 1.
+        memory_budget: bytes for the buffers of a chunk, see Cost; the chunk is the largest power of two that fits, at
+            least 1. What a callable makes on its own way comes on top.
         return_stats: also return a [`LinearStats`][danlu.losses.LinearStats].
         check: look for targets that are not classes on an accelerator, too, which waits for the device.
 
@@ -181,8 +182,9 @@ def linear_loss(
 
     Cost:
         $6NVD$ flops with gradients, $2NVD$ without; a cosine ground cost of width $E$ adds $2NVE$. Extra memory: $4CV$
-        bytes for the chunk (twice that with a cosine ground cost) and $4VD$ for the weight's gradient (none if it is
-        frozen); nothing of size $NV$. Half inputs on the CPU add $4VD$ for the weight in float32. The default $C$ is
+        bytes for the chunk (twice that with a cosine ground cost, or for a callable; $2CV$ more for half products) and
+        $4VD$ for the weight's gradient (none if it is frozen), both twice in float64; nothing of size $NV$. Half inputs
+        on the CPU add $4VD$ for the weight in float32. The default $C$ is
         the power of two at or above $\max(D/2,\ ND/V)$, at most $N$: the chunk then is about half as large as the
         weight's gradient, or as the input, and rereading the accumulated gradient for every chunk stays cheap. At 2048
         rows, 512 features, 32000 classes and one CPU thread that is 256; 64 rows take 1.3 to 1.4 times as long, and
@@ -235,11 +237,11 @@ def linear_loss(
     if is_transport_loss(loss):
         loss.ground_cost.check(classes, target.device)
     keep = check_range(target, classes, ignore_index, check=check).reshape(-1)
-    autocast = torch.is_autocast_enabled(input.device.type)
+    dtype = product_dtype(input, linear_weight, torch.is_autocast_enabled(input.device.type))
     plan = Plan(
         loss,
-        _chunk(chunk_size, memory_budget, count, input.shape[-1], classes, loss),
-        product_dtype(input, linear_weight, autocast),
+        _chunk(chunk_size, memory_budget, count, input.shape[-1], classes, _bytes_of_logit(loss, dtype)),
+        dtype,
         float(smoothing),
         float(logit_scale),
         softcap,
@@ -318,19 +320,34 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
 
 
 def _chunk(
-    chunk_size: int | None, memory_budget: int | None, count: int, features: int, classes: int, loss: TokenLoss
+    chunk_size: int | None, memory_budget: int | None, count: int, features: int, classes: int, bytes_of_logit: int
 ) -> int:
     if chunk_size is not None and memory_budget is not None:
         raise ValueError("chunk_size and memory_budget exclude each other")
     if memory_budget is not None:
         check_integer("memory_budget", memory_budget, low=1)
-        buffers = 2 if is_transport_loss(loss) and loss.ground_cost.table() is None else 1
-        size = 2 ** int(math.log2(max(1, memory_budget // (4 * buffers * classes))))
+        rows = max(1, memory_budget // (bytes_of_logit * classes))
+        size = 1 << (rows.bit_length() - 1)
     elif chunk_size is None:
         size = default_chunk(count, features, classes)
     else:
         size = check_integer("chunk_size", chunk_size, low=1)
     return min(size, max(1, count))
+
+
+def _bytes_of_logit(loss: TokenLoss, dtype: torch.dtype) -> int:
+    """What a chunk holds for every one of its logits."""
+    low = is_low_precision(dtype)
+    row_bytes = 4 if low else dtype.itemsize
+    buffers = 1
+    if is_transport_loss(loss):
+        # Products that give the costs, unless there is a table of them.
+        buffers += loss.ground_cost.matrix is None and not loss.ground_cost.cache
+    elif not is_row_loss(loss):
+        # The gradient that autograd makes.
+        buffers += 1
+    # Half products need the gradient in half precision.
+    return buffers * row_bytes + (dtype.itemsize if low else 0)
 
 
 def default_chunk(count: int, features: int, classes: int) -> int:
