@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from danlu.losses import EMO, TaiLr, linear_loss, linear_tailr_loss
+from danlu.losses import EMO, EMOLoss, TaiLr, emo_loss, linear_loss, linear_tailr_loss
 
 MESH = init_device_mesh("cpu", (2,))
 RANK = MESH.get_local_rank()
@@ -109,6 +109,24 @@ def check_global_count() -> None:
     alone = copy.deepcopy(model.body)
     linear_tailr_loss(alone(hidden), head.detach(), target).backward()
     torch.testing.assert_close(wrapped.module.weight.grad, alone.weight.grad, rtol=1e-5, atol=1e-7)
+
+
+def check_emo_of_a_sharded_head() -> None:
+    """The module copies the whole head, and again after it has changed."""
+    head = nn.Linear(8, CLASSES, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(CLASSES, 8, generator=torch.Generator().manual_seed(2)))
+    expected = head.weight.detach().clone()
+    fully_shard(head, mesh=MESH)
+    loss = EMOLoss.from_model(head, refresh_every=1, mode="pure")
+    logits, target = torch.randn(4, CLASSES), torch.arange(4)
+    first = emo_loss(logits, target, cost_embedding=expected, mode="pure")
+    torch.testing.assert_close(loss(logits, target), first)
+    with torch.no_grad():
+        head.weight.abs_()
+    second = emo_loss(logits, target, cost_embedding=expected.abs(), mode="pure")
+    torch.testing.assert_close(loss(logits, target), second)
+    assert abs(second - first) > 0.1
 
 
 def check_sharded_weight_is_refused() -> None:

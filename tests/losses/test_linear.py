@@ -277,13 +277,14 @@ def test_distributed_tensors_are_refused():
         linear_tailr_loss(torch.zeros(8, 6), sharded, torch.zeros(8, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "tailr_bounded", "emo_fixed", "callable"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_all_rows_ignored(reduction, bias):
-    inputs, target = problem(bias=bias)
-    value = linear_tailr_loss(
-        *inputs[:2], torch.full_like(target, -100), linear_bias=inputs[2], reduction=reduction, chunk_size=7
-    )
+def test_all_rows_ignored(name, dtype, reduction, bias):
+    inputs, target = problem(bias=bias, dtype=dtype)
+    options = {"linear_bias": inputs[2], "reduction": reduction, "chunk_size": 7}
+    value = linear_loss(*inputs[:2], torch.full_like(target, -100), LOSSES[name][0], **options)
     assert (value == 0).all()
     assert all((grad == 0).all() for grad in gradients(value.sum(), inputs))
 
@@ -484,6 +485,15 @@ def test_masked_classes_and_nan_rows():
     assert d_hidden[others].isfinite().all()
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_without_any_class_are_nan_unless_ignored(name):
+    (hidden, weight, _), target = problem()
+    bias = torch.full((CLASSES,), float("-inf"), dtype=torch.float64)
+    rows = linear_loss(hidden, weight, target, LOSSES[name][0], linear_bias=bias, chunk_size=16, reduction="none")
+    assert rows[target != -100].isnan().all()
+    assert (rows[target == -100] == 0).all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loss", [CrossEntropy(), LOSSES["emo_fixed"][0], LOSSES["callable"][0]])
 def test_what_stands_in_an_ignored_row_reaches_no_gradient(loss, reduction):
@@ -501,25 +511,42 @@ def test_what_stands_in_an_ignored_row_reaches_no_gradient(loss, reduction):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
+HALF = {
+    "cross_entropy": (CrossEntropy(), F.cross_entropy),
+    "tailr": LOSSES["tailr"],
+    "emo": (
+        EMO(cost_embedding="head", max_ratio=3.0),
+        lambda z, y, w: emo_loss(z, y, cost_embedding=w, max_ratio=3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_half_inputs(dtype, bias):
+def test_half_inputs(name, dtype, bias):
     """As accurate as float32 logits, and no worse for more chunks."""
+    row_loss, plain = HALF[name]
     inputs, target = problem(64, dtype=dtype, bias=bias)
+
+    def dense(tensors: list[Tensor | None]) -> Tensor:
+        more = [tensors[1]] if name == "emo" else []
+        return plain(F.linear(*tensors), target, *more)
+
     exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
-    expected = unfused(tailr_loss, exact, target)
+    expected = dense(exact)
     reference = gradients(expected, exact)
     errors = []
     for chunk_size in (64, 1):
-        value = linear_tailr_loss(*inputs[:2], target, linear_bias=inputs[2], chunk_size=chunk_size)
+        value = linear_loss(*inputs[:2], target, row_loss, linear_bias=inputs[2], chunk_size=chunk_size)
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
         found = gradients(value, inputs)
         assert all(grad.dtype == dtype for grad in found)
         errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, reference, strict=True)])
-    dense = [None if x is None else x.detach().float().requires_grad_() for x in inputs]
-    plain = gradients(unfused(tailr_loss, dense, target), dense)
-    for one, many, grad, exact_grad in zip(*errors, plain, reference, strict=True):
+    single = [None if x is None else x.detach().float().requires_grad_() for x in inputs]
+    of_float32 = gradients(dense(single), single)
+    for one, many, grad, exact_grad in zip(*errors, of_float32, reference, strict=True):
         rounded = float((grad.to(dtype).double() - exact_grad).norm() / exact_grad.norm())
         assert one <= 1.2 * rounded
         assert many <= 1.02 * one

@@ -1,5 +1,6 @@
 """TaiLr alone: limits, bounds, the paper's form, robustness, the population optimum."""
 
+import decimal
 import math
 
 import pytest
@@ -32,6 +33,20 @@ def test_definition(gamma):
     p = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
     # The definition itself loses digits where it divides by 1 - gamma = 1e-6.
     torch.testing.assert_close(of_probability(p, gamma), definition(p, gamma), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("gamma", [1e-7, 1e-3, 0.1, 0.4999, 0.5, 0.5001, 0.9, 0.999999, 1 - 1e-12])
+def test_twelve_digits_at_every_gamma(gamma):
+    """Against 50 digits, of the value from l itself; a float and a tensor agree on both sides of the switch."""
+    nll = torch.tensor([1e-6, 0.01, 0.7, 5.0, 30.0, 80.0], dtype=torch.float64)
+    with decimal.localcontext() as context:
+        context.prec = 50
+        g = decimal.Decimal(gamma)
+        exact = [float(-(g + (1 - g) * (-decimal.Decimal(x)).exp()).ln() / (1 - g)) for x in nll.tolist()]
+    expected = torch.tensor(exact, dtype=torch.float64)
+    for kind in (gamma, torch.tensor(gamma, dtype=torch.float64)):
+        value = TaiLr(kind).value_and_derivative(nll)[0]
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_golden_values():

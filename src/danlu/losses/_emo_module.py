@@ -125,7 +125,8 @@ class EMOLoss(nn.Module):
         """Take the output embedding of `model` as it is now.
 
         Args:
-            model: has `get_output_embeddings()`, as models of transformers do, or is the head itself.
+            model: has `get_output_embeddings()`, as models of transformers do, or is the head itself. If FSDP2 shards
+                the head, every process gathers it here and in every refresh, so all must call together.
             refresh_every: copy the head again before every so many-th call in training mode; None keeps the first copy.
             mode: as in the class.
             ce_weight: as there.
@@ -220,6 +221,9 @@ class EMOLoss(nn.Module):
 
 @torch.no_grad()
 def _normalized(embedding: Tensor) -> Tensor:
-    """Rows of length 1, in the dtype of the embedding; rows of zeros stay."""
+    """Rows of length 1, in the dtype of the embedding; rows of zeros stay. Of a sharded head every process gets all."""
+    # By its name: importing distributed tensors takes longer than the check is worth.
+    if type(embedding).__name__ == "DTensor":
+        embedding = embedding.full_tensor()  # pyrefly: ignore[missing-attribute]
     dtype = torch.float32 if is_low_precision(embedding.dtype) else embedding.dtype
     return (embedding.to(dtype) * inverse_norms(embedding, dtype)[:, None]).to(embedding.dtype)
