@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 from danlu.losses import TaiLr, TaiLrLoss, linear_tailr_loss, tailr_loss, tailr_unbias
@@ -314,6 +315,28 @@ def test_checkpoint_and_autocast():
     assert value.dtype == torch.float32
     again = torch.utils.checkpoint.checkpoint(tailr_loss, logits, target, use_reentrant=False)
     torch.testing.assert_close(again, value)
+
+
+def test_large_gamma_from_scratch_leaves_out_a_class():
+    """The article's warning on clean digits: at gamma = 0.8 one class is never predicted, at 0.1 none is left out."""
+    pytest.importorskip("sklearn")
+    from danlu.lab.data import digits
+
+    data = digits(seed=1)
+    inputs, targets = torch.as_tensor(data.train_inputs).float(), torch.as_tensor(data.train_targets).long()
+    predicted = {}
+    for gamma in (0.1, 0.8):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+        for _ in range(540):
+            rows = torch.randint(len(inputs), (100,))
+            optimizer.zero_grad()
+            tailr_loss(net(inputs[rows]), targets[rows], gamma=gamma).backward()
+            optimizer.step()
+        predicted[gamma] = len(net(torch.as_tensor(data.test_inputs).float()).argmax(1).unique())
+    assert predicted[0.1] == 10
+    assert predicted[0.8] < 10
 
 
 @pytest.mark.parametrize(

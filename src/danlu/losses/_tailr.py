@@ -55,7 +55,7 @@ def tailr_loss(
         target: classes, shape `(...)`, int64, in $[0, V)$ or `ignore_index`.
         gamma: $\gamma \in [0, 1]$, a number or a tensor with one element, which is not differentiated. The default
             0.1 is the paper's for translation; $10^{-7}$ for language modeling, 0.8 for fine-tuning a summarizer.
-            From scratch 0.8 and more fails: some classes are never learned.
+            From scratch 0.8 and more may fail: some classes are never learned then.
         min_weight: $b \in [0, 1]$; 0.2 to 0.3 in the paper's runs.
         label_smoothing: $\varepsilon \in [0, 1]$; 0.1 in the paper's runs with smoothing.
         value: "weighted" gives the paper's number $\max(b, \alpha)\,\ell$ with the weight as a constant: the same
