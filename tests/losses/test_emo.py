@@ -248,9 +248,15 @@ def test_correction_the_unbounded_weight_does_not_let_go_of_fitted_tokens():
 @pytest.mark.parametrize("logit", [10.0, 20.0, 25.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "emo_anchored_shifted"])
-def test_confident_rows_pull_no_more_than_ten_times_cross_entropy(mode, logit, dtype):
+@pytest.mark.parametrize("fused", [False, True])
+def test_confident_rows_pull_no_more_than_ten_times_cross_entropy(mode, logit, dtype, fused):
     logits, target, meaning = confident(logit, dtype)
-    mine = norm_of_gradient(emo_loss(logits, target, cost_embedding=meaning, **MODES[mode]), logits)
+    options = {"cost_embedding": meaning, **MODES[mode]}
+    if fused:
+        loss = linear_emo_loss(logits, torch.eye(1000, dtype=dtype), target, **options)
+    else:
+        loss = emo_loss(logits, target, **options)
+    mine = norm_of_gradient(loss, logits)
     plain = norm_of_gradient(F.cross_entropy(logits, target), logits)
     assert mine <= 10 * plain
 
@@ -293,12 +299,15 @@ def test_half_rows_with_large_logits_are_finite(mode, dtype):
     logits = torch.zeros(2, 50, dtype=dtype)
     logits[:, 3] = 40.0
     logits.requires_grad_()
-    meaning = torch.randn(50, 8).to(dtype)
-    value = emo_loss(logits, torch.tensor([3, 4]), cost_embedding=meaning, **MODES[mode])
-    value.backward()
-    assert value.dtype == torch.float32
-    assert value.isfinite()
-    assert logits.grad.isfinite().all()
+    options = {"cost_embedding": torch.randn(50, 8).to(dtype), **MODES[mode]}
+    head = torch.eye(50, dtype=dtype)
+    target = torch.tensor([3, 4])
+    for value in (emo_loss(logits, target, **options), linear_emo_loss(logits, head, target, **options)):
+        logits.grad = None
+        value.backward()
+        assert value.dtype == torch.float32
+        assert value.isfinite()
+        assert logits.grad.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------- the soft bound
