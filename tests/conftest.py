@@ -33,6 +33,13 @@ def _deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _recompiles():
+    """Count the recompilations of each test alone: a function may be compiled by many, and `fullgraph` counts them all."""
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def device() -> torch.device:
     """The device under test: `DANLU_TEST_DEVICE`, default the CPU."""
