@@ -227,6 +227,37 @@ def test_no_second_derivative_and_no_transforms():
     torch.testing.assert_close(found, torch.autograd.grad(global_pointer_loss(q, k, SPANS), q)[0])
 
 
+@shared_or_not
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_compiles_as_one_graph(shared, reduction, dtype):
+    """As an operator with the gradients of the eager loss, which has a fake for shapes and no second derivative."""
+    leaves = heads(shared, dtype=dtype)
+    weights = torch.linspace(-1, 2, B * T, dtype=torch.float64).view(B, T) if reduction == "none" else 3.0
+
+    def call(q, k, u, v):
+        rows = global_pointer_loss(q, k, SPANS, mask=MASK, start_bias=u, end_bias=v, reduction=reduction)
+        return (rows * weights).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    value, expected = compiled(*leaves), call(*leaves)
+    torch.testing.assert_close(value, expected, rtol=1e-13 if dtype == torch.float64 else 1e-6, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*leaves), value.detach())
+    # Only what is needed.
+    some = torch.autograd.grad(compiled(*(x.detach() for x in leaves[:3]), leaves[3]), leaves[3])[0]
+    found = torch.autograd.grad(value, leaves, retain_graph=True)
+    for mine, theirs in zip((*found, some), (*torch.autograd.grad(expected, leaves), found[3]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-13 if dtype == torch.float64 else 1e-2, atol=1e-14)
+    if reduction == "mean":
+        plain = torch.compile(lambda q, k: global_pointer_loss(q, k, SPANS, scale=0.5), fullgraph=True, backend="eager")
+        if not shared:
+            torch.testing.assert_close(plain(*leaves[:2]), global_pointer_loss(*leaves[:2], SPANS, scale=0.5))
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(compiled(*leaves), leaves[0], create_graph=True)[0].sum().backward()
+
+
 def test_never_all_scores_at_once(monkeypatch):
     """No tensor of the size of all scores, nor even of those of one type, is ever made."""
     largest = 0

@@ -139,7 +139,7 @@ OPERATIONS: dict[str, Operation] = {
     "attention.EfficientGlobalPointer": Operation(lambda h: shown(EFFICIENT(h, PADDING)), ((2, 6, 8),)),
     "attention.GlobalPointer": Operation(lambda h: shown(POINTER(h, PADDING)), ((2, 6, 8),)),
     "losses.global_pointer_loss": Operation(
-        lambda q, k: losses.global_pointer_loss(q, k, SPANS, reduction="none"), SPAN_HEADS, whole_graph=CHUNKED
+        lambda q, k: losses.global_pointer_loss(q, k, SPANS, reduction="none"), SPAN_HEADS
     ),
     "losses.multilabel_cross_entropy": Operation(
         lambda z: losses.multilabel_cross_entropy(z, LABEL_SETS, sparse=True), ((4, 7),)

@@ -14,6 +14,7 @@ from torch import Tensor
 from danlu._common.checks import check_bool, check_floating, check_real, check_same_device, is_low_precision
 from danlu._common.reduction import Reduction, check_reduction
 from danlu.losses._global_pointer_engine import Plan, SpanLoss
+from danlu.losses._global_pointer_ops import compiled_span_loss
 from danlu.losses._multilabel import refuse_where
 from danlu.losses._prepared import Prepared
 
@@ -114,9 +115,9 @@ def global_pointer_loss(
     grad = torch.is_grad_enabled()
     inputs = (query, key, start_bias, end_bias)
     needs = tuple(grad and tensor is not None and tensor.requires_grad for tensor in inputs)
-    # Blocks written in place are no gain to a compiler, and its own derivative of them would be silently wrong.
-    apply = torch.compiler.disable(SpanLoss.apply) if torch.compiler.is_compiling() else SpanLoss.apply
-    return apply(*inputs, spans, mask, rows, plan, None if reduction == "none" else Prepared(needs))
+    if torch.compiler.is_compiling():
+        return compiled_span_loss(inputs, spans, mask, rows, plan, None if reduction == "none" else needs)
+    return SpanLoss.apply(*inputs, spans, mask, rows, plan, None if reduction == "none" else Prepared(needs))
 
 
 def _check(

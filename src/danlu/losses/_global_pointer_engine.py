@@ -8,7 +8,7 @@ from torch import Tensor
 
 from danlu.losses._prepared import Grads, Prepared, refusal
 
-__all__ = ["Plan", "SpanLoss"]
+__all__ = ["Plan", "SpanLoss", "run_blocks"]
 
 # Scores held at a time: half a million are 2 MB, which stay in the cache between the passes over them.
 _BLOCK = 2**19
@@ -42,7 +42,7 @@ class SpanLoss(torch.autograd.Function):
         prepared: Prepared | None,
     ) -> Tensor:
         needs = (False,) * 4 if prepared is None else prepared.needs
-        values, grads = _run(query, key, start_bias, end_bias, spans, mask, rows, plan, needs)
+        values, grads = run_blocks(query, key, start_bias, end_bias, spans, mask, rows, plan, needs)
         if prepared is None:
             return values
         if any(needs):
@@ -85,7 +85,7 @@ class _Gradients(torch.autograd.Function):
         grads = None if prepared is None else prepared.take(needs, upstream)
         if grads is None:
             weights = rows * upstream.to(rows.dtype)
-            return _run(query, key, start_bias, end_bias, spans, mask, weights, plan, needs)[1]
+            return run_blocks(query, key, start_bias, end_bias, spans, mask, weights, plan, needs)[1]
         return grads
 
     @staticmethod
@@ -98,7 +98,7 @@ class _Gradients(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _run(
+def run_blocks(
     query: Tensor,
     key: Tensor,
     start_bias: Tensor | None,
