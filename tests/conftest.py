@@ -35,7 +35,7 @@ def _deterministic():
 
 @pytest.fixture(autouse=True)
 def _recompiles():
-    """Count the recompilations of each test alone: a function may be compiled by many, and `fullgraph` counts them all."""
+    """Count the recompilations of each test alone: many compile the same function, and `fullgraph` counts them all."""
     yield
     torch.compiler.reset()
 

@@ -191,14 +191,11 @@ def test_dtype_is_kept_and_rounded_once(function, dtype):
     assert ((out.double() - exact).abs() <= ulps * unit).all()
 
 
-@only({name for name in CASES if name.startswith("soft_topk")})
+@functions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 30.0])
 def test_halves_are_within_two_ulps_of_float64(function, dtype, scale):
-    """Relative to each probability, however small: also in long rows and next to the edge of a support.
-
-    soft_topk promises that of its sum of k; its small numbers are flushed.
-    """
+    """Relative to each probability, however small: also in long rows and next to the edge of a support."""
     info = torch.finfo(dtype)
     for n in (1, 2, 17, 600):
         x = (scale / 3 * scores(20, n, seed=n)).to(dtype)

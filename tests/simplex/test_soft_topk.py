@@ -507,6 +507,42 @@ def test_compiled_equals_the_reference(method, dtype, threads):
         torch.set_num_threads(before)
 
 
+@thresholds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_within_two_ulps_for_every_size(method, dtype):
+    """Relative to each value, however small, next to however many that are nearly 1."""
+    info = torch.finfo(dtype)
+    for n in (2, 5, 600):
+        for k in {1, n - 1, 1.5}:
+            for scale in (1.0, 30.0, 100.0):
+                x = scores(20, n, scale=scale, seed=n, dtype=dtype)
+                exact, _ = _reference(x, torch.tensor([float(k)], dtype=torch.float64), method)
+                spacing = info.eps * torch.exp2(exact.clamp(min=info.smallest_normal).log2().floor())
+                assert ((soft_topk(x, k, method=method).double() - exact).abs() <= 2 * spacing).all()
+
+
+@pytest.mark.parametrize("gap", [0.0, 1.0, 30.0, 78.0, 160.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_small_values_next_to_a_wide_gap(gap, dtype):
+    """Sums near k do not tell where the threshold is; the small values on both sides of it do."""
+    x = torch.tensor([3.0, 3.0, 3.0 - gap, 2.0 - gap], dtype=dtype)
+    half, rest = math.exp(-gap / 2), math.exp(-gap) * (1 + math.exp(-1))
+    # exp: 2 e^-lambda + the sum of the others is 2.
+    known = {"exp": [2 * math.exp(-gap - below) / (2 + rest) for below in (0, 1)]}
+    if gap > 0:
+        # Both sides have the same sum: B e^-s = A e^s.
+        known["laplace"] = [0.5 * half * math.sqrt(2 / (1 + math.exp(-1))) * math.exp(-below) for below in (0, 1)]
+    values = {method: (soft_topk(x, 2, method=method)[2:], wanted) for method, wanted in known.items()}
+    values["sigmoid"] = (
+        soft_topk(torch.tensor([5.0, 5.0 - gap], dtype=dtype), 1, method="sigmoid")[1:],
+        [half / (1 + half)],
+    )
+    info = torch.finfo(dtype)
+    for value, wanted in values.values():
+        expected = torch.tensor(wanted, dtype=torch.float64).to(dtype)
+        torch.testing.assert_close(value, expected, rtol=100 * info.eps, atol=info.smallest_normal * info.eps)
+
+
 def test_many_scores_without_a_sort():
     x = scores(2, 100_000, dtype=torch.float32)
     for method in THRESHOLDS:

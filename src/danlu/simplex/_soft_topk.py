@@ -113,8 +113,8 @@ def soft_topk(
         equally. Where everything is saturated the gradient is 0. Between two groups of scores with a gap beyond the
         range of exp the result is exactly hard. NaN stays within its slice. Entries that share a value at the edge of
         the k largest are chosen from the first on by `hard`.
-        In float32 a value within 6e-8 of 1 is 1 and has a slope of 0: the gradient of `k` goes to the others, and the
-        threshold of "sigmoid" lies anywhere between two groups of scores that are 30 or more apart.
+        In float32 a value within 6e-8 of 1 is 1 and has a slope of 0: the gradient of `k` goes to the others. Values
+        next to 0 keep their digits, down to the least number of the dtype, whatever is next to 1 beside them.
 
     Cost:
         The threshold methods scan the scores a few times (Newton's method within a bracket) and sort nothing; on the

@@ -24,6 +24,8 @@ Threshold = Literal["exp", "laplace", "sigmoid", "clip"]
 
 # A step of Newton's method at least halves the bracket or multiplies the digits; 100 is out of reach.
 _STEPS = 100
+# Repetitions of the last step, which is exact but for sigmoid, where it halves the error, or if a score changes sides.
+_MENDS = 8
 
 
 def threshold_rows(input: Tensor, k: Tensor, method: Threshold) -> tuple[Tensor, Tensor]:
@@ -127,16 +129,37 @@ def _threshold(z: Tensor, raised: Tensor, k: Tensor, method: str) -> Tensor:
         at = torch.where(excess == 0, at, new)
         if bool((moved <= 1e-15 * (1 + at.abs())).all()):
             break
-    return _laplace_exact(z, raised, at, k) if method == "laplace" else at
+    for _ in range(_MENDS if method in ("sigmoid", "exp") else 1):
+        at = _mended(z, at, k, method)
+    return at
 
 
-def _laplace_exact(z: Tensor, raised: Tensor, at: Tensor, k: Tensor) -> Tensor:
-    """The closed form for the entries above `at`, by their number and both sums of exponentials."""
-    above = z > at
+def _mended(z: Tensor, at: Tensor, k: Tensor, method: str) -> Tensor:
+    r"""What is left of the threshold once the entries above `at` are known.
+
+    The distances to 1 of those above are summed, not their values, so that nothing cancels: with these sums $A$ and
+    $B$ of both sides $B e^{-s} - A e^{s} = k - m$ is solved for the step $s$. Of exponentials that is exact; of sigmoid
+    the sums change with the step, and the error is less than halved, or vanishes where all are far from the threshold.
+    """
+    d = z - at
+    above = d > 0
     m = above.sum(-1, keepdim=True)
-    log_a = torch.where(above, -(z - at), -math.inf).logsumexp(-1, keepdim=True)
-    log_b = torch.where(above, -math.inf, z - at).logsumexp(-1, keepdim=True)
     free = k - m
+    if method == "clip":
+        between = above & (d < 1)
+        total = torch.where(between, z, 0).sum(-1, keepdim=True) + (d >= 1).sum(-1, keepdim=True) - k
+        count = between.sum(-1, keepdim=True)
+        return torch.where(count > 0, total / count, at)
+    tail = -d.abs()
+    if method == "sigmoid":
+        tail = math.log(2) + torch.nn.functional.logsigmoid(tail)
+    log_a = torch.where(above, tail, -math.inf).logsumexp(-1, keepdim=True)
+    log_b = torch.where(above, -math.inf, tail).logsumexp(-1, keepdim=True)
+    if method == "exp":
+        # Between the k-th largest and the next everything is as good in sums; the answer is next to the k-th largest.
+        lowest = torch.where(above, z, math.inf).amin(-1, keepdim=True)
+        step = log_b - free.log()
+        return torch.where(free > 0, at + torch.where(step.isfinite(), step, 0), lowest)
     root = (free.square() + (log_a + log_b).exp()).sqrt()
     few = log_b - (root + free).log()
     many = (root - free).log() - log_a

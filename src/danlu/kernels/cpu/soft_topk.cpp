@@ -12,6 +12,8 @@ namespace {
 enum Method { EXP = 0, LAPLACE = 1, SIGMOID = 2, CLIP = 3 };
 
 constexpr int STEPS = 100;
+// Repetitions of the last step, which is exact but for sigmoid, where it halves the error, or if a score changes sides.
+constexpr int MENDS = 8;
 // Lanes of the arithmetic's precision within a strip, double beyond.
 constexpr int64_t STRIP = 4096;
 // Rows are handed to threads in groups of about this many elements.
@@ -28,18 +30,23 @@ inline F exp_down(F x) {
   return x < -LEAST<F> ? F(0) : e;
 }
 
-template <class F, int method>
+// The same down to the least number that there is.
+template <class F>
+inline F exp_tail(F x) {
+  const bool deep = x < F(-40);
+  const F e = exp_down(deep ? x + F(40) : x);
+  return deep ? e * F(4.248354255291589e-18) : e;
+}
+
+template <class F, int method, bool tail = false>
 inline F value_of(F d) {
-  if constexpr (method == EXP) return d < 0 ? exp_down(d) : F(1);
-  if constexpr (method == LAPLACE) {
-    F half = F(0.5) * exp_down(d < 0 ? d : -d);
-    return d < 0 ? half : F(1) - half;
-  }
-  if constexpr (method == SIGMOID) {
-    F small = exp_down(d < 0 ? d : -d), upper = F(1) / (F(1) + small);
-    return d < 0 ? small * upper : upper;
-  }
-  return d < 0 ? F(0) : (d > 1 ? F(1) : d);
+  const F low = d < 0 ? d : -d;
+  if constexpr (method == CLIP) return d < 0 ? F(0) : (d > 1 ? F(1) : d);
+  const F small = tail ? exp_tail(low) : exp_down(low);
+  if constexpr (method == EXP) return d < 0 ? small : F(1);
+  if constexpr (method == LAPLACE) return d < 0 ? F(0.5) * small : F(1) - F(0.5) * small;
+  const F upper = F(1) / (F(1) + small);
+  return d < 0 ? small * upper : upper;
 }
 
 template <class F, int method>
@@ -80,9 +87,16 @@ inline double log_sum(const F* z, int64_t n, F sign, F center) {
   return sign * center + std::log(total);
 }
 
-// The exact threshold of laplace for the entries above `at`.
-template <class F>
-inline double laplace_exact(const F* z, int64_t n, double k, double at) {
+// What is left of the threshold once the entries above `at` are known. Their distances to 1 are summed, not their
+// values, so that nothing cancels: with the sums A above and B below, B e^-s - A e^s = k - m is solved for the step s.
+// Of exponentials (laplace, and exp, where A is 0) that is exact; of sigmoid the sums change with the step, and the
+// error is less than halved, or vanishes where all are far from the threshold.
+struct Mended {
+  double at;
+  bool exact;
+};
+template <class F, int method>
+inline Mended mend(const F* z, int64_t n, double k, double at) {
   // The nearest entries on both sides, so that a wide gap does not lose their exponentials.
   const F inf = std::numeric_limits<F>::infinity(), split = static_cast<F>(at);
   F above = inf, below = -inf;
@@ -101,7 +115,8 @@ inline double laplace_exact(const F* z, int64_t n, double k, double at) {
 #pragma omp simd reduction(+ : pa, pb)
     for (int64_t i = begin; i < end; ++i) {
       const bool over = z[i] > split;
-      const F e = exp_down(over ? above - z[i] : z[i] - below);
+      F e = exp_down(over ? above - z[i] : z[i] - below);
+      if constexpr (method == SIGMOID) e *= F(2) / (F(1) + exp_down(over ? split - z[i] : z[i] - split));
       pa += over ? e : F(0);
       pb += over ? F(0) : e;
     }
@@ -111,6 +126,11 @@ inline double laplace_exact(const F* z, int64_t n, double k, double at) {
   const double log_a = m > 0 ? std::log(a) - (static_cast<double>(above) - split) : 0;
   const double log_b = m < n ? std::log(b) + (static_cast<double>(below) - split) : 0;
   const double open = k - static_cast<double>(m);
+  if constexpr (method == EXP) {
+    // Between the k-th largest and the next everything is as good in sums; the answer is next to the k-th largest.
+    if (open <= 0) return {above, false};
+    return {m < n ? split + log_b - std::log(open) : at, true};
+  }
   const double product = m > 0 && m < n ? std::exp(log_a + log_b) : 0, root = std::sqrt(open * open + product);
   double step;
   if (open > 0) {
@@ -120,7 +140,25 @@ inline double laplace_exact(const F* z, int64_t n, double k, double at) {
   } else {
     step = 0.5 * (log_b - log_a);
   }
-  return std::isfinite(step) ? split + step : at;
+  const double next = std::isfinite(step) ? split + step : at;
+  // Not if an entry has changed sides.
+  return {next, method == LAPLACE && next <= above && next >= below};
+}
+
+// The threshold of clip from the entries between its ends, in double.
+template <class F>
+inline double mend_clip(const F* z, int64_t n, double k, double at) {
+  double total = 0;
+  int64_t full = 0, between = 0;
+#pragma omp simd reduction(+ : total, full, between)
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = static_cast<double>(z[i]) - at;
+    const bool inside = d > 0 && d < 1;
+    full += d >= 1;
+    between += inside;
+    total += inside ? static_cast<double>(z[i]) : 0.0;
+  }
+  return between ? (total + static_cast<double>(full) - k) / static_cast<double>(between) : at;
 }
 
 // The threshold within [left, right], by Newton's method from `at`.
@@ -141,7 +179,13 @@ inline double newton(const F* z, int64_t n, double k, double left, double right,
     at = next;
     if (still) break;
   }
-  if constexpr (method == LAPLACE) return laplace_exact(z, n, k, at);
+  if constexpr (method == CLIP) return mend_clip(z, n, k, at);
+  for (int i = 0; i < MENDS; ++i) {
+    const auto [next, exact] = mend<F, method>(z, n, k, at);
+    const bool still = std::fabs(next - at) <= 4 * unit * (std::fabs(at) + 0.25);
+    at = next;
+    if (exact || (still && method != EXP)) break;
+  }
   return at;
 }
 
@@ -231,14 +275,16 @@ void forward_row(const P* x, int64_t n, double k, P* p, arithmetic<P>* threshold
   } else {
     *threshold = static_cast<F>(base);
   }
-  const F split = static_cast<F>(at);
+  // Next to the edges of clip a threshold rounded to the arithmetic is too coarse.
+  using Split = std::conditional_t<method == CLIP, double, F>;
+  const Split split = static_cast<Split>(at);
+  auto value = [&](F score) { return value_of<F, method, true>(static_cast<F>(score - split)); };
   if (count == n) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) store(p[i], value_of<F, method>(z[i] - split));
+    for (int64_t i = 0; i < n; ++i) store(p[i], value(z[i]));
   } else {
     int64_t next = 0;
-    for (int64_t i = 0; i < n; ++i)
-      store(p[i], load(x[i]) > -inf ? value_of<F, method>(z[next++] - split) : F(0));
+    for (int64_t i = 0; i < n; ++i) store(p[i], load(x[i]) > -inf ? value(z[next++]) : F(0));
   }
 }
 
