@@ -3,7 +3,7 @@
 from danlu.lab.tasks.sparse_attention import SparseAttention
 from danlu.lab.trial import Arm, Budget, Comparison, Trial
 
-_LRS = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.03})
+_LRS = ({"lr": 0.01}, {"lr": 0.03}, {"lr": 0.1}, {"lr": 0.003})
 
 
 def _no_worse_with_fewer_keys(candidate: str) -> tuple[Comparison, ...]:

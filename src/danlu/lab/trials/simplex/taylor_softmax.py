@@ -3,7 +3,7 @@
 from danlu.lab.tasks.sparse_outputs import SparseOutputs
 from danlu.lab.trial import Arm, Budget, Comparison, Trial
 
-_LRS = ({"lr": 0.001}, {"lr": 0.003}, {"lr": 0.0003})
+_LRS = ({"lr": 0.001}, {"lr": 0.003}, {"lr": 0.01}, {"lr": 0.0003})
 
 
 def _equal(candidate: str) -> tuple[Comparison, ...]:
