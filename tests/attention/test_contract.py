@@ -52,12 +52,14 @@ def test_every_public_function_is_covered():
     # decoding, in test_rerope_decode.py and test_linear_attention.py; codebooks and attention to them, in
     # test_codebook_init.py and test_vq_attention.py; feature maps, in test_feature_maps.py; a report.
     elsewhere = {"decode_spans", "explain_backend", "rerope_decode", "init_codebook_from_keys", "vq_attention"}
+    elsewhere |= {"hwfa_layer_plan", "window_mask"}
     assert public - elsewhere - {"feature_map", "linear_attention_step"} <= CASES.keys()
     assert {name for name in family.__all__ if inspect.isclass(getattr(family, name))} == {
         "BackendChoice",
         "EfficientGlobalPointer",
         "FavorFeatures",
         "GlobalPointer",
+        "LayerPlan",
         "Quantized",
         "ReRoPE",
         "ReRoPECache",

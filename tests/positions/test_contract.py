@@ -1,14 +1,13 @@
 """What the family promises: rotations keep norms, compose, depend on differences, and can be undone."""
 
-import inspect
-
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import danlu.positions as family
-from danlu.positions import RotaryEmbedding, apply_rope, rope_frequencies
+from danlu.positions import RotaryEmbedding, apply_rope, logn_scale, random_positions, rope_frequencies
 
 FREQUENCIES = rope_frequencies(8)
 
@@ -17,15 +16,21 @@ def vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+# What the tests below run on; the other names make ids, scales or masks, and have promises of their own.
+ROTATIONS = {"RotaryEmbedding", "apply_rope", "rope_frequencies", "scale_frequencies"}
+OTHERS = {
+    "RandomPositionCollator",
+    "alibi_bias",
+    "alibi_slopes",
+    "even_positions",
+    "logn_scale",
+    "random_positions",
+}
+
+
 def test_family_is_covered():
-    assert {name for name in family.__all__ if inspect.isfunction(getattr(family, name))} == {
-        "apply_rope",
-        "even_positions",
-        "logn_scale",
-        "random_positions",
-        "rope_frequencies",
-    }
-    assert {name for name in family.__all__ if inspect.isclass(getattr(family, name))} == {"RotaryEmbedding"}
+    assert set(family.__all__) == ROTATIONS | OTHERS
+    assert not ROTATIONS & OTHERS
 
 
 @given(position=st.floats(-1e5, 1e5), interleaved=st.booleans(), seed=st.integers(0, 999))
@@ -72,3 +77,25 @@ def test_class_equals_function():
     )
     assert "dim=8, base=500.0, interleaved=True" in repr(module)
     assert module.state_dict() == {}
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk-old", "ntk-aware", "ntk-fixed", "ntk-mixed", "by-parts"])
+def test_stretched_frequencies_are_frequencies(method):
+    options = {"train_length": 64} if method == "by-parts" else {}
+    stretched = rope_frequencies(8, method=method, factor=4.0, **options)
+    x, positions = vectors(3, 8), torch.tensor([0.0, 7.0, 500.0], dtype=torch.float64)
+    turned = apply_rope(x, positions, stretched)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(apply_rope(turned, -positions, stretched), x, rtol=1e-11, atol=1e-11)
+
+
+def test_ids_and_scales_compose_with_rotations():
+    # Real positions and padding pass through apply_rope as they are, and a scale keeps the dtype of the queries.
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    queries = vectors(2, 3, 4, 8, dtype=torch.float32)
+    for options in ({"max_position": 90}, {"mode": "equal_mean"}):
+        positions = random_positions(mask, **options)[:, None]
+        scale = logn_scale(mask.cumsum(-1), 4, "train")[:, None, :, None].to(queries.dtype)
+        out = apply_rope(queries * scale, positions, FREQUENCIES)
+        assert out.shape == queries.shape
+        assert out.dtype == torch.float32

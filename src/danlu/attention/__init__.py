@@ -20,12 +20,14 @@ from danlu.attention._vector_quantizer import Quantized, VectorQuantizer
 from danlu.attention._vq_attention import vq_attention
 from danlu.attention._vq_decode import VQState
 from danlu.attention._vq_module import VQAttention
+from danlu.attention._windows import LayerPlan, hwfa_layer_plan, window_mask
 
 __all__ = [
     "BackendChoice",
     "EfficientGlobalPointer",
     "FavorFeatures",
     "GlobalPointer",
+    "LayerPlan",
     "LinearAttention",
     "LinearAttentionState",
     "Quantized",
@@ -38,6 +40,7 @@ __all__ = [
     "decode_spans",
     "explain_backend",
     "feature_map",
+    "hwfa_layer_plan",
     "init_codebook_from_keys",
     "linear_attention",
     "linear_attention_step",
@@ -45,4 +48,5 @@ __all__ = [
     "rerope_decode",
     "rope_attention",
     "vq_attention",
+    "window_mask",
 ]

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from danlu.integrations.transformers_positions import RopeExtension, extend_rope
 from danlu.integrations.transformers_probe import AttentionProbe
 from danlu.integrations.transformers_rerope import RopePatch, patch_rope
 
-__all__ = ["AttentionProbe", "RopePatch", "patch_rope", "token_loss"]
+__all__ = ["AttentionProbe", "RopeExtension", "RopePatch", "extend_rope", "patch_rope", "token_loss"]
 
 
 class TokenLoss(Protocol):

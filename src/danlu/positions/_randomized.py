@@ -16,10 +16,13 @@ from danlu._common.checks import check_choice, check_integer, check_real
 
 __all__ = ["even_positions", "random_positions"]
 
+# From so many times more positions than slots on, drawing some and mending repetitions beats a key for each.
+_SPARSE_FROM = 16
+
 
 def random_positions(
     lengths: Tensor | Sequence[int],
-    max_position: int,
+    max_position: int | None = None,
     *,
     mode: Literal["sorted", "equal_mean"] = "sorted",
     distribution: Literal["exponential", "beta"] = "exponential",
@@ -42,10 +45,11 @@ def random_positions(
     Args:
         lengths: $n$ of every sample, integers, shape `(B,)` or a list; or a mask of the tokens, shape `(B, L)`, bool or
             of 0 and 1, with padding on either side.
-        max_position: $M$, as large as the longest text at inference or larger.
+        max_position: $M$, as large as the longest text at inference or larger; None only for the exponential, which has
+            no bound.
         mode: as above; "equal_mean" gives real numbers, which only functional encodings take (RoPE, sinusoids).
         distribution: of $\nu$.
-        concentration: $\alpha + \beta > 0$ of the beta distribution.
+        concentration: $\alpha + \beta \ge 0.1$ of the beta distribution.
         endpoint: as above.
         generator: source of the random numbers, on the device of `lengths` (the CPU for a list); processes that share
             a batch's samples must draw differently.
@@ -56,16 +60,16 @@ def random_positions(
 
     Raises:
         TypeError: `lengths` is not of integers or bool.
-        ValueError: a length is negative or above `max_position` (on the CPU), shapes do not fit, a mask has a hole, or
-            an option is unknown or out of its range.
+        ValueError: a length is negative or above `max_position`, or not below it with "beta" (on the CPU); shapes do
+            not fit, a mask has a hole, `max_position` is missing, or an option is unknown or out of its range.
 
     Numerics:
-        Without replacement by sorting uniform numbers, all in one call on the device; nothing waits for it but, for a
-        list or lengths on the CPU, the checks. Positions are drawn outside of the layers, so that recomputation under
-        gradient checkpointing sees the same.
+        Every subset is as likely. Reals are drawn in float64 and cast to float32, never to less: bfloat16 has no
+        position 257. Nothing waits for a device but lengths that are not a mask. Positions are drawn outside of the
+        layers, so that recomputation under gradient checkpointing sees the same.
 
     Cost:
-        $O(B M \log M)$, about the time of a sort.
+        $O(B M)$ time and memory, $O(B L \log L)$ on the CPU from $M = 16 L$ on.
 
     Differences:
         The code of arXiv 2305.16843 draws one set of positions for all samples of a call; here each sample has its own.
@@ -80,30 +84,27 @@ def random_positions(
         tensor([[2, 3, 4],
                 [2, 0, 0]])
     """
-    check_integer("max_position", max_position, low=1)
     check_choice("mode", mode, ("sorted", "equal_mean"))
     check_choice("distribution", distribution, ("exponential", "beta"))
-    check_real("concentration", concentration, low=0.0, low_open=True)
+    # Below, both gamma variables of a beta variable may round to 0.
+    check_real("concentration", concentration, low=0.1)
+    if max_position is not None:
+        check_integer("max_position", max_position, low=1)
+    elif mode == "sorted" or distribution == "beta":
+        raise ValueError("max_position is missing: how many positions there are to draw from")
     counts, mask = _tokens(lengths, max_position)
-    samples, slots = mask.shape
     # Slots of the tokens, from 0; padding has any.
     index = (mask.cumsum(1) - 1).clamp(min=0)
     if mode == "equal_mean":
         total = _totals(counts, max_position, distribution, concentration, generator)
         steps = (counts - 1 if endpoint else counts).clamp(min=1)
         return (index * (total / steps)[:, None]).masked_fill(~mask, 0.0).to(torch.float32)
-    if slots == 0 or samples == 0:
+    if max_position is None or mask.numel() == 0:
         return index
-    # The ranks of i.i.d. numbers are a random permutation; the first n of it are n different integers.
-    drawn = torch.rand(samples, max_position, generator=generator, device=mask.device).argsort(1)[:, :slots]
-    if drawn.shape[1] < slots:
-        drawn = torch.nn.functional.pad(drawn, (0, slots - drawn.shape[1]), value=max_position)
-    beyond = torch.arange(slots, device=mask.device) >= counts[:, None]
-    ordered = drawn.masked_fill(beyond, max_position).sort(1).values
-    return ordered.gather(1, index).masked_fill(~mask, 0)
+    return _subsets(counts, mask.shape[1], max_position, generator).gather(1, index).masked_fill(~mask, 0)
 
 
-def even_positions(length: int, max_position: int) -> Tensor:
+def even_positions(length: int | Tensor, max_position: int) -> Tensor:
     r"""Evenly spaced positions for inference with a model that was trained on `random_positions(mode="sorted")`.
 
     Definition:
@@ -111,34 +112,46 @@ def even_positions(length: int, max_position: int) -> Tensor:
         with $n$ = `length` and $M$ = `max_position`.
 
     Args:
-        length: $n \ge 0$.
-        max_position: $M \ge n$, as in training.
+        length: $0 \le n \le M$; or lengths `(B,)` or a mask `(B, L)` of a batch, as in
+            [`random_positions`][danlu.positions.random_positions].
+        max_position: $M$, as in training.
 
     Returns:
-        Shape `(n,)`, float64.
+        Shape `(n,)`, or `(B, L)` with 0 in the padding, float64.
 
     Raises:
-        ValueError: `length` is negative or above `max_position`.
+        TypeError: `length` is neither an int nor a tensor of integers or bool.
+        ValueError: `length` is negative or above `max_position`, or as in `random_positions`.
 
     Numerics:
-        Real numbers; models with a table of positions need `.long()` of them, which are then different integers.
+        Real numbers; models with a table of positions need `.long()` of them, which are then different integers. The
+        spacing depends on $n$, so a text that grows moves its positions: this is for encoders, not for decoding.
 
     Source:
         "Transformer升级之路:8、长度外推性与位置鲁棒性" (2023-01-31), where even spacing is usually better than a draw.
 
     Example:
+        >>> import torch
         >>> from danlu.positions import even_positions
         >>> even_positions(4, 10)
         tensor([0.0000, 2.5000, 5.0000, 7.5000], dtype=torch.float64)
+        >>> even_positions(torch.tensor([4, 2]), 10)
+        tensor([[0.0000, 2.5000, 5.0000, 7.5000],
+                [0.0000, 5.0000, 0.0000, 0.0000]], dtype=torch.float64)
     """
-    check_integer("length", length, low=0)
     check_integer("max_position", max_position, low=1)
+    if isinstance(length, Tensor):
+        counts, mask = _tokens(length, max_position)
+        index = (mask.cumsum(1) - 1).clamp(min=0).to(torch.float64)
+        return (index * max_position / counts.clamp(min=1)[:, None]).masked_fill(~mask, 0.0)
+    check_integer("length", length, low=0)
     if length > max_position:
         raise ValueError(f"length must be at most max_position={max_position}, got {length}")
-    return torch.arange(length, dtype=torch.float64) * (max_position / max(1, length))
+    # Multiplied first: exact where the quotient is.
+    return torch.arange(length, dtype=torch.float64) * max_position / max(1, length)
 
 
-def _tokens(lengths: Tensor | Sequence[int], max_position: int) -> tuple[Tensor, Tensor]:
+def _tokens(lengths: Tensor | Sequence[int], max_position: int | None) -> tuple[Tensor, Tensor]:
     """Lengths `(B,)` and which slots hold tokens `(B, L)`."""
     if not isinstance(lengths, Tensor):
         lengths = torch.tensor([check_integer(f"lengths[{i}]", n, low=0) for i, n in enumerate(lengths)])
@@ -159,19 +172,50 @@ def _tokens(lengths: Tensor | Sequence[int], max_position: int) -> tuple[Tensor,
             raise ValueError(f"lengths must not be negative, got {int(counts.min())}")
         longest = int(counts.max()) if counts.numel() else 0
         mask = torch.arange(longest, device=counts.device) < counts[:, None]
-    if on_cpu and counts.numel() and int(counts.max()) > max_position:
+    if max_position is not None and on_cpu and counts.numel() and int(counts.max()) > max_position:
         raise ValueError(f"lengths must be at most max_position={max_position}, got {int(counts.max())}")
     return counts, mask
 
 
+def _subsets(counts: Tensor, slots: int, limit: int, generator: torch.Generator | None) -> Tensor:
+    """Rows of int64 whose first `counts` members are a uniform subset of range(limit) in rising order."""
+    if counts.device.type == "cpu" and limit >= _SPARSE_FROM * slots:
+        order = _distinct(len(counts), slots, limit, generator)
+    else:
+        # float64, since equal keys would favor one of the positions.
+        keys = torch.rand(len(counts), limit, dtype=torch.float64, device=counts.device, generator=generator)
+        order = keys.topk(min(slots, limit), dim=1).indices
+        order = torch.nn.functional.pad(order, (0, slots - order.shape[1]))
+    chosen = torch.arange(slots, device=counts.device) < counts[:, None]
+    return order.masked_fill(~chosen, limit).sort(dim=1).values
+
+
+def _distinct(rows: int, columns: int, limit: int, generator: torch.Generator | None) -> Tensor:
+    """The first `columns` distinct numbers of every row of independent draws from range(limit), in order of drawing."""
+    extra = columns // 4 + 16
+    while True:
+        draws = torch.randint(limit, (rows, columns + extra), generator=generator)
+        values, order = draws.sort(dim=1, stable=True)
+        repeated = torch.zeros_like(values, dtype=torch.bool)
+        repeated[:, 1:] = values[:, 1:] == values[:, :-1]
+        fresh = torch.ones_like(repeated).scatter(1, order, ~repeated)
+        if bool((fresh.sum(1) >= columns).all()):
+            # Stable, so that the first ones stay first.
+            return draws.gather(1, (~fresh).to(torch.int8).sort(dim=1, stable=True).indices[:, :columns])
+        # No number is favored by the rejection of all of the draws.
+        extra = 2 * extra
+
+
 def _totals(
-    counts: Tensor, max_position: int, distribution: str, concentration: float, generator: torch.Generator | None
+    counts: Tensor, max_position: int | None, distribution: str, concentration: float, generator: torch.Generator | None
 ) -> Tensor:
     """A random number of mean `counts` for every sample, float64."""
     mean = counts.to(torch.float64)
-    if distribution == "exponential":
+    if distribution == "exponential" or max_position is None:
         uniform = torch.rand(mean.shape, dtype=torch.float64, generator=generator, device=mean.device)
         return -torch.log1p(-uniform) * mean
+    if counts.device.type == "cpu" and counts.numel() and int(counts.max()) == max_position:
+        raise ValueError(f"lengths must be below max_position={max_position} with distribution='beta': it is a mean")
     share = (mean / max_position).clamp(1e-6, 1 - 1e-6)
     # A beta variable is the share of one of two gamma variables in their sum.
     first, second = (torch._standard_gamma(concentration * one, generator=generator) for one in (share, 1 - share))

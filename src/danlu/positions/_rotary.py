@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu._common.checks import broadcasts_to, check_floating, check_integer, check_real, is_low_precision
-from danlu.positions._scaling import RopeMethod, scaled_frequencies
+from danlu.positions._scaling import RopeMethod, scale_frequencies
 
 __all__ = ["RotaryEmbedding", "apply_rope", "rope_frequencies"]
 
@@ -21,6 +21,8 @@ def rope_frequencies(
     method: RopeMethod = "default",
     factor: float = 1.0,
     mixed_power: float = 0.625,
+    train_length: int | None = None,
+    turns: tuple[float, float] = (1.0, 32.0),
 ) -> Tensor:
     r"""Angular frequencies of RoPE, also for text $\kappa$ times as long as in training.
 
@@ -35,7 +37,9 @@ def rope_frequencies(
           "linear";
         - "ntk-fixed": $\theta_m\,\kappa^{-2m/R}$, where the modulus of the digits grows with their base;
         - "ntk-mixed": $\theta_m\,e^{-a m^{c}}$ with $a (R/2)^{c} = \ln\kappa$ and $c$ = `mixed_power`, where 1 is
-          "ntk-fixed" and 0 is "linear".
+          "ntk-fixed" and 0 is "linear";
+        - "by-parts": $\theta_m$ where it turns often within the training length, $\theta_m/\kappa$ where it does not,
+          see [`scale_frequencies`][danlu.positions.scale_frequencies], which also scales frequencies of other kinds.
 
     Args:
         dim: number of rotated channels, even and at least 2.
@@ -43,6 +47,8 @@ def rope_frequencies(
         method: as above.
         factor: $\kappa > 0$.
         mixed_power: $c \ge 0$; 0.625 in the article, 0.75 in its author's code.
+        train_length: of "by-parts", which needs it (tokens).
+        turns: of "by-parts", as there.
 
     Returns:
         Frequencies (radians per position), shape `(dim / 2,)`, float64, on the CPU, falling.
@@ -70,7 +76,14 @@ def rope_frequencies(
     if dim % 2:
         raise ValueError(f"dim must be even, got {dim}")
     check_real("base", base, low=0.0, low_open=True)
-    return scaled_frequencies(dim, base, method, factor, mixed_power)
+    return scale_frequencies(
+        torch.pow(base, -torch.arange(0, dim, 2, dtype=torch.float64) / dim),
+        method=method,
+        factor=factor,
+        mixed_power=mixed_power,
+        train_length=train_length,
+        turns=turns,
+    )
 
 
 def apply_rope(input: Tensor, positions: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -169,6 +182,7 @@ class RotaryEmbedding(nn.Module):
         method: how they are scaled, as in [`rope_frequencies`][danlu.positions.rope_frequencies].
         factor: as there.
         mixed_power: as there.
+        train_length: as there.
         interleaved: pairs are neighbors instead of halves.
 
     Returns:
@@ -199,6 +213,7 @@ class RotaryEmbedding(nn.Module):
         method: RopeMethod = "default",
         factor: float = 1.0,
         mixed_power: float = 0.625,
+        train_length: int | None = None,
         interleaved: bool = False,
     ) -> None:
         super().__init__()
@@ -208,7 +223,9 @@ class RotaryEmbedding(nn.Module):
         self.factor = factor
         self.interleaved = interleaved
         # A plain attribute and not a buffer, since `module.half()` casts buffers.
-        self.inv_freq = rope_frequencies(dim, base=base, method=method, factor=factor, mixed_power=mixed_power)
+        self.inv_freq = rope_frequencies(
+            dim, base=base, method=method, factor=factor, mixed_power=mixed_power, train_length=train_length
+        )
 
     def forward(self, input: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the rotated input."""

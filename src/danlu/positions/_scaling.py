@@ -1,9 +1,13 @@
-r"""Frequencies of RoPE for text longer than a model was trained on.
+r"""Frequencies of rotary positions, and static rules that stretch them so that longer text has trained angles.
 
-Source: "Transformer升级之路:10、RoPE是一种β进制编码" (2023-07-06) and "11、将β进制位置进行到底" (2023-07-31); Chen et
-al. (2023), arXiv 2306.15595, for interpolation.
+A rotation by $n\theta_m$ with $\theta_m = \beta^{-(m-1)}$ reads the digits of $n$ in base $\beta = b^{2/R}$. Longer
+text has larger numbers; a rule divides them (interpolation), takes a larger base (NTK), or does both by digit (mixed,
+by-parts).
 
-Shape letters: `R` rotated channels.
+Source: "Transformer升级之路:10、RoPE是一种β进制编码" (2023-07-06) and 11 (2023-07-31); Chen et al. (2023), arXiv
+2306.15595; Peng et al. (2023), arXiv 2309.00071.
+
+Shape letters: `R` rotated channels, even.
 """
 
 import math
@@ -12,35 +16,115 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from danlu._common.checks import check_choice, check_real
+from danlu._common.checks import check_choice, check_floating, check_integer, check_real
 
-__all__ = ["RopeMethod", "scaled_frequencies"]
+__all__ = ["RopeMethod", "scale_frequencies"]
 
-RopeMethod = Literal["default", "linear", "ntk-old", "ntk-aware", "ntk-fixed", "ntk-mixed"]
+RopeMethod = Literal["default", "linear", "ntk-old", "ntk-aware", "ntk-fixed", "ntk-mixed", "by-parts"]
 
 
-def scaled_frequencies(dim: int, base: float, method: RopeMethod, factor: float, mixed_power: float) -> Tensor:
-    """Frequencies for an expansion `factor`, shape `(dim / 2,)`, float64; `dim` and `base` are checked."""
+def scale_frequencies(
+    inv_freq: Tensor,
+    *,
+    method: RopeMethod,
+    factor: float,
+    mixed_power: float = 0.625,
+    train_length: int | None = None,
+    turns: tuple[float, float] = (1.0, 32.0),
+) -> Tensor:
+    r"""Stretch given frequencies, so that a model trained at one length has trained angles at a longer one.
+
+    Definition:
+        With $\kappa$ = `factor`, $R/2$ frequencies $\theta_m$ and $m$ from 1:
+
+        | `method` | $\theta'_m / \theta_m$ | in words |
+        |---|---|---|
+        | "default" | 1 | |
+        | "linear" | $\kappa^{-1}$ | position interpolation: positions over $\kappa$ |
+        | "ntk-old" | $\kappa^{-2(m-1)/R}$ | base $b\kappa$ |
+        | "ntk-aware" | $\kappa^{-2(m-1)/(R-2)}$ | base $b\kappa^{R/(R-2)}$: the last as with "linear" |
+        | "ntk-fixed" | $\kappa^{-2m/R}$ | the modulus of a digit grows with its base |
+        | "ntk-mixed" | $e^{-a m^p}$, $a (R/2)^p = \ln \kappa$ | $p$ = `mixed_power`; 0 is "linear", 1 "ntk-fixed" |
+        | "by-parts" | $\gamma_m + (1 - \gamma_m) / \kappa$ | kept where a frequency turns often in training |
+
+        $$\gamma_m = \min\!\Big(1, \max\!\Big(0, \frac{T\theta_m / 2\pi - \tau_1}{\tau_2 - \tau_1}\Big)\Big)$$
+        with $T$ = `train_length` and $(\tau_1, \tau_2)$ = `turns`.
+
+    Args:
+        inv_freq: frequencies (radians per position) of the model, shape `(R / 2,)`, in the order of its channels.
+        method: one of the table. Without further training "ntk-mixed" is the article's choice.
+        factor: $\kappa > 0$, length of the text over the training length; 1 with "default".
+        mixed_power: $p \ge 0$ of "ntk-mixed"; 0.625 in the article, 0.75 in its author's code.
+        train_length: $T \ge 1$ (tokens), for "by-parts" only, which needs it.
+        turns: $0 \le \tau_1 < \tau_2$ (turns within $T$) of "by-parts", by default those of YaRN for Llama.
+
+    Returns:
+        Frequencies (radians per position), shape `(R / 2,)`, float64, on the device of `inv_freq`.
+
+    Raises:
+        TypeError: `inv_freq` is not floating, or an option has a wrong type.
+        ValueError: `inv_freq` is not one-dimensional or empty; an option is out of its range; a `factor` without a
+            method; `train_length` without "by-parts" or the other way round; "ntk-aware" with a single frequency.
+
+    Numerics:
+        float64. The ratios do not depend on the base (but for "by-parts"), so they also stretch the frequencies of a
+        model whose checkpoint is stretched already; factors then multiply.
+
+    Differences:
+        "by-parts" ramps over turns, as the paper's equation does; the code published with YaRN ramps over the index of
+        the channel. With turns (1, 4) it is the rule of Llama 3.1. YaRN's factor of the scores is not in here.
+
+    Source:
+        "linear": Chen et al. (2023), arXiv 2306.15595. "ntk-old": article 10 of the series (2023-07-06). "ntk-aware":
+        bloc97 (2023). "ntk-fixed", "ntk-mixed": article 11 (2023-07-31). "by-parts": Peng et al. (2023), arXiv
+        2309.00071, section 3.2.
+
+    Example:
+        >>> from danlu.positions import rope_frequencies, scale_frequencies
+        >>> scale_frequencies(rope_frequencies(8), method="ntk-fixed", factor=8)[-1].item()
+        0.000125
+    """
+    check_floating("inv_freq", inv_freq)
+    if inv_freq.ndim != 1 or inv_freq.shape[0] == 0:
+        raise ValueError(f"inv_freq must have shape (R / 2,), got {tuple(inv_freq.shape)}")
+    _check_rule(method, factor, mixed_power, train_length, turns)
+    count = inv_freq.shape[0]
+    plain = inv_freq.detach().to(torch.float64)
+    m = torch.arange(1, count + 1, dtype=torch.float64, device=plain.device)
+    if method == "default":
+        return plain.clone()
+    if method == "by-parts":
+        low, high = turns
+        kept = ((plain * (train_length or 1) / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
+        return plain * (kept + (1.0 - kept) / factor)
+    if method == "linear":
+        # Exactly a division, as positions over the factor are.
+        return plain / factor
+    if method == "ntk-aware" and count == 1:
+        raise ValueError("method='ntk-aware' needs a dim of at least 4: it keeps the first frequency, got 2")
+    exponent = {
+        "ntk-old": lambda: (m - 1) / count,
+        "ntk-aware": lambda: (m - 1) / (count - 1),
+        "ntk-fixed": lambda: m / count,
+        "ntk-mixed": lambda: (m / count) ** mixed_power,
+    }[method]()
+    return plain * torch.pow(factor, -exponent)
+
+
+def _check_rule(
+    method: RopeMethod, factor: float, mixed_power: float, train_length: int | None, turns: tuple[float, float]
+) -> None:
+    """Raise unless the options fit the method."""
     check_choice("method", method, get_args(RopeMethod))
     check_real("factor", factor, low=0.0, low_open=True)
     check_real("mixed_power", mixed_power, low=0.0)
-    if method == "default":
-        if factor != 1:
-            raise ValueError(f"factor must be 1 with method='default', got {factor!r}")
-        return _powers(base, dim)
-    if method == "linear":
-        return _powers(base, dim) / factor
-    if method == "ntk-old":
-        return _powers(base * factor, dim)
-    if method == "ntk-aware":
-        if dim == 2:
-            raise ValueError("method='ntk-aware' needs a dim of at least 4: it keeps the first frequency, got 2")
-        return _powers(base * factor ** (dim / (dim - 2)), dim)
-    number = torch.arange(1, dim // 2 + 1, dtype=torch.float64)
-    if method == "ntk-fixed":
-        return _powers(base, dim) * factor ** (-2 * number / dim)
-    return _powers(base, dim) * torch.exp(-math.log(factor) * (2 * number / dim) ** mixed_power)
-
-
-def _powers(base: float, dim: int) -> Tensor:
-    return torch.pow(base, -torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    check_real("turns[1]", turns[1], low=check_real("turns[0]", turns[0], low=0.0), low_open=True)
+    if method == "default" and factor != 1:
+        raise ValueError(f"factor must be 1 with method='default', got {factor!r}")
+    if train_length is None:
+        if method == "by-parts":
+            raise ValueError("method='by-parts' needs train_length, the length that the model was trained with")
+        return
+    if method != "by-parts":
+        raise ValueError(f"train_length is an option of method='by-parts', got it with {method!r}")
+    check_integer("train_length", train_length, low=1)

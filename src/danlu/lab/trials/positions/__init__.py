@@ -1,0 +1,1 @@
+"""Trials: one declaration per method."""
