@@ -81,8 +81,8 @@ def random_positions(
         >>> import torch
         >>> from danlu.positions import random_positions
         >>> random_positions([3, 1], 10, generator=torch.Generator().manual_seed(0))
-        tensor([[2, 3, 4],
-                [2, 0, 0]])
+        tensor([[0, 3, 5],
+                [9, 0, 0]])
     """
     check_choice("mode", mode, ("sorted", "equal_mean"))
     check_choice("distribution", distribution, ("exponential", "beta"))
