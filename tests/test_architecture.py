@@ -36,6 +36,7 @@ NO_TRIAL = {
     "attention/vq_module": "the layer of vq_attention; no trial yet",
     "attention/feature_maps": "maps for linear_attention; no trial yet",
     "attention/linear_chunks": "how linear attention is computed",
+    "attention/dynamic_rope": "an arm of the trial positions/scaling",
     "attention/windows": "masks of a baseline, which is an arm of the trials of positions",
     "attention/masks": "visibility rules shared by the attention functions",
     "attention/rerope_backend": "how ReRoPE is computed",

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 import danlu.attention as family
-from danlu.attention import ReRoPE, feature_map, linear_attention, rerope_attention, rope_attention
+from danlu.attention import (
+    ReRoPE,
+    dynamic_rope_attention,
+    feature_map,
+    linear_attention,
+    rerope_attention,
+    rope_attention,
+)
 
 
 def linear(query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask=None, **options) -> Tensor:
@@ -24,10 +31,12 @@ CASES = {
     "rerope_attention_leaky": partial(rerope_attention, window=3, slope=0.3),
     "rerope_attention_banded": partial(rerope_attention, window=3, slope=0.3, backend="banded"),
     "rerope_attention_log_n": partial(rerope_attention, window=3, logn="train", train_length=5),
+    "dynamic_rope_attention": partial(dynamic_rope_attention, train_length=4, step=3),
     "linear_attention": linear,
 }
-# Those of scores; linear attention has none that could be masked or scaled. What it refuses is in its own test.
-SCORED = {name: function for name, function in CASES.items() if not name.startswith("linear")}
+# Those of scores; linear attention has none that could be masked or scaled, and with a mask of pairs a text has no
+# length that frequencies could follow. What these two refuse is in their own tests.
+SCORED = {name: function for name, function in CASES.items() if not name.startswith(("linear", "dynamic"))}
 scored = pytest.mark.parametrize("function", SCORED.values(), ids=SCORED.keys())
 functions = pytest.mark.parametrize("function", CASES.values(), ids=CASES.keys())
 causality = pytest.mark.parametrize("is_causal", [True, False])

@@ -193,7 +193,7 @@ def test_extend_then_patch():
         extended = logits(model)
         with patch_rope(model, window=1000):
             torch.testing.assert_close(logits(model), extended, rtol=1e-3, atol=2e-4)
-            with pytest.raises(ValueError, match=r"patched by patch_rope.*extend first, then patch"):
+            with pytest.raises(ValueError, match=r"patched by patch_rope, or .* extend first, then patch"):
                 extend_rope(model, factor=2.0)
     assert torch.equal(logits(model), before)
 
@@ -246,7 +246,14 @@ def test_extending_twice_and_bad_options():
         ({"factor": 2.0, "method": "default"}, ValueError, "method must be one of 'linear'"),
         ({"factor": 2.0, "method": "ntk"}, ValueError, "method must be one of"),
         ({"factor": 2.0, "mixed_power": -0.5}, ValueError, "mixed_power must be in"),
-        ({"factor": 2.0, "train_length": 8}, ValueError, "train_length is an option of"),
+        ({"factor": 2.0, "train_length": 8}, ValueError, "train_length is of use with method='by-parts', dynamic or"),
+        ({"step": 8}, ValueError, "step is an option of dynamic=True, got 8 without it"),
+        ({"dynamic": 1}, TypeError, "dynamic must be a bool, got int"),
+        ({"dynamic": True, "factor": 0.5}, ValueError, "factor must be in"),
+        ({"dynamic": True, "step": 0}, ValueError, "step must be at least 1, got 0"),
+        ({"dynamic": True, "mixed_power": -0.5}, ValueError, "mixed_power must be in"),
+        ({"dynamic": True, "train_length": 0}, ValueError, "train_length must be at least 1, got 0"),
+        ({"logn": "train"}, ValueError, "logn must be one of 'post'"),
     ):
         with pytest.raises(error, match=match):
             extend_rope(model, **options)

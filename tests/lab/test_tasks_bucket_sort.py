@@ -129,4 +129,4 @@ def test_arms_share_the_fits_that_they_should():
     fits = {arm: trial.tuning_fits(arm, "report") for arm in trial.arms}
     assert fits["plain"] == fits["window"]
     assert fits["randomized"] == fits["randomized_at_test"]
-    assert len({frozenset(one) for one in fits.values()}) == 4
+    assert len({frozenset(one) for one in fits.values()}) == 5

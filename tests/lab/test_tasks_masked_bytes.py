@@ -75,6 +75,14 @@ def test_texts_of_all_lengths_have_one_middle():
     assert torch.equal(long[:, 24:40], short)
 
 
+def test_log_n_is_of_the_evaluation():
+    model = Guess(0)
+    evaluated(model, logn=True)
+    assert model.logn == 16
+    evaluated(model)
+    assert model.logn is None
+
+
 def test_positions_and_windows_of_the_test():
     def given(**changes):
         model = Guess(0)
@@ -92,7 +100,7 @@ def test_positions_and_windows_of_the_test():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"trained_on": "sorted"}, {"trained_on": "equal_mean", "logn": True}, {"encoding": "alibi"}],
+    [{}, {"trained_on": "sorted"}, {"trained_on": "equal_mean"}, {"encoding": "alibi"}],
     ids=str,
 )
 def test_resumes_bit_for_bit(changes):
@@ -124,5 +132,6 @@ def test_arms_share_the_fits_that_they_should():
     _, trial = find_trial("positions/randomized_bytes")
     fits = {arm: trial.tuning_fits(arm, "report") for arm in trial.arms}
     assert fits["plain"] == fits["window"]
-    assert fits["randomized"] == fits["randomized_at_test"]
+    assert fits["randomized"] == fits["randomized_at_test"] == fits["randomized_log_n"]
+    assert fits["equal_mean"] == fits["equal_mean_log_n"]
     assert len({frozenset(one) for one in fits.values()}) == 4

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from danlu.attention import dynamic_rope_attention
 from danlu.lab.errors import TrialError
 from danlu.lab.tasks.byte_lm import ByteLM
 from danlu.lab.tasks.stretched_lm import StretchedLM, _Stretched
@@ -44,7 +45,8 @@ def test_without_a_rule_it_is_the_plain_task(fit):
         assert value == pytest.approx(window[name], rel=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["linear", "ntk-old", "ntk-aware", "ntk-fixed", "ntk-mixed", "by-parts"])
+# The rules themselves are tested in tests/positions.
+@pytest.mark.parametrize("rule", ["ntk-mixed", "by-parts"])
 def test_rules_agree_at_the_training_length_and_differ_beyond(fit, rule):
     plain, found = evaluated(fit), evaluated(fit, rule=rule)
     assert found["bits_per_byte@1x"] == plain["bits_per_byte@1x"]
@@ -65,9 +67,22 @@ def test_log_n_scales_from_the_training_length_on(fit):
     assert scaled["bits_per_byte@4x"] != pytest.approx(plain["bits_per_byte@4x"], rel=1e-6)
     q, k, v = torch.randn(3, 1, 2, 20, 4, generator=torch.Generator().manual_seed(0))
     inv_freq = torch.tensor([1.0, 0.1])
-    a, b = (_Stretched(context=8, inv_freq=inv_freq, logn=logn)(q, k, v, inv_freq) for logn in (False, True))
+    a, b = (_Stretched(context=8, logn=logn)(q, k, v, inv_freq) for logn in (False, True))
     torch.testing.assert_close(a[:, :, :8], b[:, :, :8])
     assert (a[:, :, 8:] - b[:, :, 8:]).abs().amax(-1).min() > 0
+
+
+def test_dynamic_factors_follow_each_byte(fit):
+    plain, static = evaluated(fit), evaluated(fit, rule="ntk-mixed")
+    found = evaluated(fit, rule="ntk-mixed", dynamic=True)
+    assert found["bits_per_byte@1x"] == pytest.approx(plain["bits_per_byte@1x"], rel=1e-6)
+    assert found["bits_per_byte@4x"] not in (plain["bits_per_byte@4x"], static["bits_per_byte@4x"])
+    assert evaluated(fit, dynamic=True) == plain
+    q, k, v = torch.randn(3, 1, 2, 20, 4, generator=torch.Generator().manual_seed(0))
+    inv_freq = torch.tensor([1.0, 0.1])
+    out = _Stretched(context=8, rule="ntk-aware", factor=None)(q, k, v, inv_freq)
+    expected = dynamic_rope_attention(q, k, v, train_length=8, inv_freq=inv_freq)
+    torch.testing.assert_close(out, expected)
 
 
 def test_unknown_rules_and_models(fit):
@@ -81,6 +96,9 @@ def test_unknown_rules_and_models(fit):
         evaluated(Other())
 
 
-def test_all_arms_share_one_fit():
+def test_all_arms_share_their_fits():
     _, trial = find_trial("positions/scaling")
-    assert len(set.union(*(trial.tuning_fits(arm, "report") for arm in trial.arms))) == 1
+    fits = [trial.tuning_fits(arm, "report") for arm in trial.arms]
+    assert all(one == fits[0] for one in fits)
+    # All arms are equal at the length by which learning rates are chosen.
+    assert trial.selects[0] == "bits_per_byte@1x"

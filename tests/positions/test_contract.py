@@ -22,6 +22,7 @@ OTHERS = {
     "RandomPositionCollator",
     "alibi_bias",
     "alibi_slopes",
+    "dynamic_factor",
     "even_positions",
     "logn_scale",
     "random_positions",

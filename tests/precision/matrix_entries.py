@@ -186,6 +186,9 @@ OPERATIONS: dict[str, Operation] = {
     "attention.rerope_decode": Operation(
         lambda q, k, v: attention.rerope_decode(q[:, :, -1:], k, v, window=3, slope=0.5, key_padding_mask=PADDING), QKV
     ),
+    "attention.dynamic_rope_attention": Operation(
+        lambda q, k, v: attention.dynamic_rope_attention(q, k, v, train_length=3, step=2), QKV
+    ),
     "attention.rope_attention": Operation(
         lambda q, k, v: attention.rope_attention(q, k, v, key_padding_mask=PADDING), QKV
     ),
@@ -384,6 +387,7 @@ EXEMPT: dict[str, str] = {
     "attention.hwfa_layer_plan": "a plan, Python numbers",
     "attention.window_mask": "comparisons of integers",
     "positions.RandomPositionCollator": "adds random position ids to a batch of data, without a gradient",
+    "positions.dynamic_factor": "Python numbers",
     "positions.alibi_slopes": "a float64 table from integers, without an input that autocast could touch",
     "positions.even_positions": "a float64 table from integers",
     "positions.scale_frequencies": "a float64 table, detached from the frequencies that it stretches",

@@ -4,6 +4,7 @@ Masks follow one convention everywhere: **True means visible**.
 """
 
 from danlu.attention._codebook_init import init_codebook_from_keys
+from danlu.attention._dynamic_rope import dynamic_rope_attention
 from danlu.attention._feature_maps import FavorFeatures, SoftVQFeatures, feature_map
 from danlu.attention._global_pointer import EfficientGlobalPointer, GlobalPointer, decode_spans
 from danlu.attention._linear_attention import (
@@ -38,6 +39,7 @@ __all__ = [
     "VQState",
     "VectorQuantizer",
     "decode_spans",
+    "dynamic_rope_attention",
     "explain_backend",
     "feature_map",
     "hwfa_layer_plan",

@@ -9,11 +9,19 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from danlu.integrations.transformers_positions import RopeExtension, extend_rope
+from danlu.integrations.transformers_positions import DynamicRopeExtension, RopeExtension, extend_rope
 from danlu.integrations.transformers_probe import AttentionProbe
 from danlu.integrations.transformers_rerope import RopePatch, patch_rope
 
-__all__ = ["AttentionProbe", "RopeExtension", "RopePatch", "extend_rope", "patch_rope", "token_loss"]
+__all__ = [
+    "AttentionProbe",
+    "DynamicRopeExtension",
+    "RopeExtension",
+    "RopePatch",
+    "extend_rope",
+    "patch_rope",
+    "token_loss",
+]
 
 
 class TokenLoss(Protocol):

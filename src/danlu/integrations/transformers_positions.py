@@ -1,19 +1,23 @@
 """transformers: stretch the rotary frequencies of a model in place, so that it reads longer text, and take it back.
 
-Only buffers of one model instance are exchanged. No class and no module of transformers is changed.
+Only buffers of one model instance are exchanged, and its attention where the frequencies follow the length or log-n is
+wanted. No class and no module of transformers is changed.
 """
 
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from danlu._common.checks import check_choice
+from danlu._common.checks import check_choice, check_integer
+from danlu.integrations.transformers_dynamic_rope import AttentionPatch, DynamicRopeExtension, FrequencyRule
 from danlu.positions import rope_frequencies, scale_frequencies
 
-__all__ = ["RopeExtension", "extend_rope"]
+__all__ = ["DynamicRopeExtension", "RopeExtension", "extend_rope"]
+
+Method = Literal["linear", "ntk-old", "ntk-aware", "ntk-fixed", "ntk-mixed", "by-parts"]
 
 _FULL, _LOCAL = "full_attention", "sliding_attention"
 # Kinds whose frequencies stay as the model was built.
@@ -21,7 +25,8 @@ _STATIC = ("default", "linear", "llama3", "yarn")
 _CHANGING = {
     "dynamic": (
         "rope_type 'dynamic' stretches its frequencies itself as the text grows, and keys in the cache stay rotated by "
-        "older ones (transformers issue 25104); load the model with rope_type 'default' to stretch it by one factor"
+        "older ones (transformers issue 25104); load the model with rope_type 'default' and extend it with "
+        "dynamic=True, the same factor and method='ntk-aware', which rotates keys anew"
     ),
     "longrope": "rope_type 'longrope' exchanges its frequencies itself at the length of its training",
 }
@@ -36,12 +41,20 @@ class RopeExtension:
         model: the model, changed in place.
         tables: module and name of every buffer of frequencies.
         frequencies: the stretched ones (radians per position), float64.
+        attention: what else was changed in the model, if anything.
     """
 
-    def __init__(self, model: PreTrainedModel, tables: list[tuple[nn.Module, str]], frequencies: Tensor) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tables: list[tuple[nn.Module, str]],
+        frequencies: Tensor,
+        attention: AttentionPatch | None = None,
+    ) -> None:
         self.model = model
         self.frequencies = frequencies
         self._tables = tables
+        self._attention = attention
         self._active = True
         for module, name in tables:
             original = getattr(module, name)
@@ -57,6 +70,8 @@ class RopeExtension:
         for module, name in self._tables:
             setattr(module, name, getattr(module, _kept(name)))
             delattr(module, _kept(name))
+        if self._attention is not None:
+            self._attention.remove()
 
     def __enter__(self) -> "RopeExtension":
         return self
@@ -67,28 +82,70 @@ class RopeExtension:
         self.remove()
 
 
+@overload
 def extend_rope(
     model: PreTrainedModel,
     *,
-    factor: float,
-    method: Literal["linear", "ntk-old", "ntk-aware", "ntk-fixed", "ntk-mixed", "by-parts"] = "ntk-mixed",
+    factor: float | None = ...,
+    method: Method = ...,
+    mixed_power: float = ...,
+    train_length: int | None = ...,
+    logn: Literal["post"] | None = ...,
+    dynamic: Literal[False] = ...,
+    step: None = ...,
+) -> RopeExtension: ...
+
+
+@overload
+def extend_rope(
+    model: PreTrainedModel,
+    *,
+    factor: float | None = ...,
+    method: Method = ...,
+    mixed_power: float = ...,
+    train_length: int | None = ...,
+    logn: Literal["post"] | None = ...,
+    dynamic: Literal[True],
+    step: int | None = ...,
+) -> DynamicRopeExtension: ...
+
+
+def extend_rope(
+    model: PreTrainedModel,
+    *,
+    factor: float | None = None,
+    method: Method = "ntk-mixed",
     mixed_power: float = 0.625,
     train_length: int | None = None,
-) -> RopeExtension:
-    r"""Stretch the rotary frequencies of a model by a static rule, without training.
+    logn: Literal["post"] | None = None,
+    dynamic: bool = False,
+    step: int | None = None,
+) -> RopeExtension | DynamicRopeExtension:
+    r"""Stretch the rotary frequencies of a model, by one factor or as the text grows, without training.
 
     Definition:
         The frequencies $\theta$ of every layer with full attention become
         [`scale_frequencies`][danlu.positions.scale_frequencies] of them by `method` and $\kappa$ = `factor`.
 
+        With `dynamic` the attention becomes [`dynamic_rope_attention`][danlu.attention.dynamic_rope_attention]: a token
+        that sees $n \le T$ tokens reads as before, and beyond $T$ the factor follows, $f n / T - (f - 1)$ with $f$ =
+        `factor` and $T$ = `train_length`. Keys are then cached without rotation and rotated for the query that reads
+        them, so that text from the cache is the text that is read at once.
+
     Args:
-        model: a RoPE model of transformers, of either style of rotation. It is changed in place.
-        factor: $\kappa > 0$, length of the text over the length that the model reads now.
+        model: a RoPE model of transformers, of either style of rotation ("dynamic": halves only). It is changed in
+            place.
+        factor: $\kappa > 0$, length of the text over the length that the model reads now, or $f \ge 1$; None means 8,
+            or 1 with `dynamic`: as much as the text is too long.
         method: a rule of the function. In the articles "ntk-mixed" is the best of them without training, and ReRoPE,
-            which is `patch_rope`, better still.
+            which is `patch_rope`, better still. "ntk-aware" with `dynamic` and a factor of 2 is "dynamic NTK".
         mixed_power: of "ntk-mixed", as in the function.
-        train_length: of "by-parts" (tokens); None means `original_max_position_embeddings` of the configuration, or
-            `max_position_embeddings`.
+        train_length: $T$ (tokens) of `dynamic`, where None means `max_position_embeddings`; of "by-parts" and `logn`,
+            where None means `original_max_position_embeddings` of the configuration, if it has one.
+        logn: "post" multiplies the query that sees $n$ keys by $\max(1, \log n / \log T)$ as well, which keeps
+            attention as peaked over more keys.
+        dynamic: whether the factor follows the length.
+        step: of `dynamic`, how often the frequencies change beyond $T$ (tokens); None means $\max(1, T / 8)$.
 
     Returns:
         A handle: `handle.remove()`, or leaving a `with` block, restores the model bit for bit.
@@ -97,18 +154,24 @@ def extend_rope(
         TypeError: `model` is not a transformers model, or an option has a wrong type.
         ValueError: an option is wrong, as in the function, or the model cannot be extended: it has no rotary
             frequencies, changes them itself with the length ("dynamic", "longrope"), has local layers that share them,
-            has several different ones, is extended already, or is patched by `patch_rope`. The message has the reason.
+            has several different ones, is extended already, or is patched by `patch_rope`; with `dynamic` or `logn`
+            also what `patch_rope` refuses, and packed texts when the model is called with `dynamic`. The message has
+            the reason.
 
     Numerics:
         Computed in float64, from the configuration where the model has its default frequencies, so that a model that
-        was cast to bfloat16 gets exact ones; held in float32, as transformers does. The factor of the tables that
-        "yarn" has stays.
+        was cast to bfloat16 gets exact ones; held in float32, as transformers does, and in float64 with `dynamic`. The
+        factor of the tables that "yarn" has stays.
+
+    Cost:
+        None with one factor. With `logn`, and with `dynamic`, as in the attention functions; a token from the cache
+        then rotates all keys, about three times the time of attention to rotated ones on the CPU.
 
     Differences:
         "dynamic" of transformers takes new frequencies as the text grows and leaves the keys in its cache rotated by
-        the old ones. Here the factor is one for the whole text: choose it for the longest, and do not take a cache of
-        before the call to after it. `save_pretrained` writes the model as it was: neither the frequencies nor the
-        configuration are part of what is saved.
+        the old ones, and all tokens of a call have the frequencies of its end. Here tokens have those of what they see.
+        Do not take a cache of before the call to after it. `save_pretrained` writes the model as it was: neither the
+        frequencies nor the configuration are part of what is saved.
 
     Source:
         As in [`scale_frequencies`][danlu.positions.scale_frequencies].
@@ -126,16 +189,36 @@ def extend_rope(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    check_choice("method", method, ("linear", "ntk-old", "ntk-aware", "ntk-fixed", "ntk-mixed", "by-parts"))
+    check_choice("method", method, get_args(Method))
+    if not isinstance(dynamic, bool):
+        raise TypeError(f"dynamic must be a bool, got {type(dynamic).__name__}")
+    if logn is not None:
+        check_choice("logn", logn, ("post",))
+    if step is not None and not dynamic:
+        raise ValueError(f"step is an option of dynamic=True, got {step} without it")
+    if train_length is not None:
+        check_integer("train_length", train_length, low=1 if logn is None else 2)
+        if not (dynamic or logn or method == "by-parts"):
+            raise ValueError(f"train_length is of use with method='by-parts', dynamic or logn, got it with {method!r}")
     tables = _tables(model)
     plain, parameters = _frequencies(model, tables)
-    if method == "by-parts" and train_length is None:
-        config: Any = tables[0][0].config
-        train_length = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+    config: Any = tables[0][0].config
+    longest = int(config.max_position_embeddings)
+    if factor is None:
+        factor = 1.0 if dynamic else 8.0
+    if dynamic:
+        rule = FrequencyRule(plain, train_length or longest, factor, method, mixed_power, step)
+        return DynamicRopeExtension(model, rule, logn)
+    trained = train_length or int(parameters.get("original_max_position_embeddings") or longest)
     stretched = scale_frequencies(
-        plain, method=method, factor=factor, mixed_power=mixed_power, train_length=train_length
+        plain,
+        method=method,
+        factor=factor,
+        mixed_power=mixed_power,
+        train_length=trained if method == "by-parts" else None,
     )
-    return RopeExtension(model, tables, stretched)
+    attention = None if logn is None else AttentionPatch(model, None, logn, max(2, trained))
+    return RopeExtension(model, tables, stretched, attention)
 
 
 def _kept(name: str) -> str:
@@ -150,7 +233,7 @@ def _tables(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
         raise ValueError(f"{name} cannot be extended: {reason}")
 
     if any(hasattr(module, "danlu_rerope") for module in model.modules()):
-        refuse("it is patched by patch_rope, which has its frequencies already; extend first, then patch")
+        refuse("it is patched by patch_rope, or extended by attention of its own; extend first, then patch")
     found: list[tuple[nn.Module, str]] = []
     for module in model.modules():
         kind = getattr(module, "rope_type", None)

@@ -5,7 +5,7 @@ from danlu.positions._log_n import logn_scale
 from danlu.positions._position_collator import RandomPositionCollator
 from danlu.positions._randomized import even_positions, random_positions
 from danlu.positions._rotary import RotaryEmbedding, apply_rope, rope_frequencies
-from danlu.positions._scaling import scale_frequencies
+from danlu.positions._scaling import dynamic_factor, scale_frequencies
 
 __all__ = [
     "RandomPositionCollator",
@@ -13,6 +13,7 @@ __all__ = [
     "alibi_bias",
     "alibi_slopes",
     "apply_rope",
+    "dynamic_factor",
     "even_positions",
     "logn_scale",
     "random_positions",

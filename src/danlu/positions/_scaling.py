@@ -18,7 +18,7 @@ from torch import Tensor
 
 from danlu._common.checks import check_choice, check_floating, check_integer, check_real
 
-__all__ = ["RopeMethod", "scale_frequencies"]
+__all__ = ["RopeMethod", "dynamic_factor", "scale_frequencies"]
 
 RopeMethod = Literal["default", "linear", "ntk-old", "ntk-aware", "ntk-fixed", "ntk-mixed", "by-parts"]
 
@@ -109,6 +109,47 @@ def scale_frequencies(
         "ntk-mixed": lambda: (m / count) ** mixed_power,
     }[method]()
     return plain * torch.pow(factor, -exponent)
+
+
+def dynamic_factor(length: int, *, train_length: int, factor: float = 1.0) -> float:
+    r"""Factor of [`scale_frequencies`][danlu.positions.scale_frequencies] that fits the length of the text.
+
+    Definition:
+        $$\kappa(L) = \max\!\Big(1,\; f\,\frac{L}{T} - (f - 1)\Big)$$
+        with $L$ = `length`, $T$ = `train_length`, $f$ = `factor`. With "ntk-aware" the base is then
+        $b\,\kappa^{R/(R-2)}$, which is "dynamic NTK".
+
+    Args:
+        length: $L \ge 0$ (tokens).
+        train_length: $T \ge 1$ (tokens).
+        factor: $f \ge 1$; with 1, $\kappa$ is the length over the training length.
+
+    Returns:
+        $\kappa \ge 1$.
+
+    Raises:
+        TypeError: a length is not an int, or `factor` not a number.
+        ValueError: `length` < 0, `train_length` < 1 or `factor` < 1.
+
+    Numerics:
+        A Python float, rounded a few times.
+
+    Differences:
+        A key that was rotated for one length does not fit queries of another; see
+        [`dynamic_rope_attention`][danlu.attention.dynamic_rope_attention], which rotates keys anew.
+
+    Source:
+        bloc97 and emozilla (2023); transformers' rope_type "dynamic".
+
+    Example:
+        >>> from danlu.positions import dynamic_factor
+        >>> [dynamic_factor(length, train_length=2048, factor=2.0) for length in (1000, 2048, 4096, 8192)]
+        [1.0, 1.0, 3.0, 7.0]
+    """
+    check_integer("length", length, low=0)
+    check_integer("train_length", train_length, low=1)
+    check_real("factor", factor, low=1.0)
+    return max(1.0, factor * length / train_length - (factor - 1.0))
 
 
 def _check_rule(

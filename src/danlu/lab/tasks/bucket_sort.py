@@ -52,9 +52,9 @@ class BucketSort:
             "logn": False,
             "longest": 20,
             "max_position": 256,
-            "batch_size": 64,
+            "batch_size": 32,
             "width": 64,
-            "layers": 3,
+            "layers": 2,
             "heads": 4,
             "device": "cpu",
         }

@@ -35,7 +35,8 @@ class MaskedBytes:
     Metrics: `accuracy@rx`, their share that is guessed right, and `bits@rx`, the mean loss, given r = 1, 2, 4, ...
     `reach` times the training length of text.
 
-    `encoding`, `trained_on`, `read_with`, `logn` and `local` are those of the bucket sort.
+    `encoding`, `trained_on`, `read_with`, `logn` and `local` are those of the bucket sort; `logn` is one of evaluation
+    here, since all texts of the training have the length for which the factor is 1.
     """
 
     @property
@@ -49,7 +50,6 @@ class MaskedBytes:
         own: dict[str, Scalar] = {
             "encoding": "rope",
             "trained_on": "plain",
-            "logn": False,
             "context": 64,
             "max_position": 1024,
             "batch_size": 32,
@@ -63,7 +63,7 @@ class MaskedBytes:
     @property
     def evaluate_options(self) -> Options:
         """Options of the evaluation."""
-        return {"read_with": "plain", "local": False, "reach": 8, "windows": 128}
+        return {"read_with": "plain", "logn": False, "local": False, "reach": 8, "windows": 128}
 
     def data(self) -> Mapping[str, str]:
         """What the numbers rest on."""
@@ -84,7 +84,7 @@ class MaskedBytes:
             layers=int(options["layers"]),
             heads=int(options["heads"]),
             encoding=str(options["encoding"]),
-            logn=context if options["logn"] else None,
+            logn=None,
         ).to(device)
         optimizer = make_optimizer(model, options)
         lengths = torch.full((batch_size,), context)
@@ -125,6 +125,7 @@ class MaskedBytes:
         text = byte_batch(split, context * reach, int(options["windows"]), source)[0]
         tokens, hidden = hide(text, source)
         window = context if options["local"] else None
+        model.logn = context if options["logn"] else None
         metrics: dict[str, float] = {}
         multiple = 1
         while multiple <= reach:

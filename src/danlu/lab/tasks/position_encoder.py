@@ -1,5 +1,6 @@
 """A small encoder whose positions are given from outside: rotary or ALiBi, with a window and the log-n scale."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,7 +34,8 @@ class _Layer(nn.Module):
         qkv = self.qkv(self.attention_norm(hidden)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if inv_freq is not None:
-            query, key = (apply_rope(x, positions, inv_freq) for x in (query, key))
+            # Both at once, since the table of angles takes its time.
+            query, key = apply_rope(torch.stack((query, key)), positions, inv_freq)
         if scale is not None:
             query = query * scale
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -51,7 +53,7 @@ class PositionEncoder(nn.Module):
         layers: number of layers.
         heads: attention heads; `width / heads` must be even.
         encoding: "rope" or "alibi".
-        logn: training length of the log-n scale; None means no scale.
+        logn: training length of the log-n scale; None means no scale. It may be set later.
     """
 
     def __init__(

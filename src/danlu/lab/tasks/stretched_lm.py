@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from danlu.attention import window_mask
+from danlu.attention import dynamic_rope_attention, window_mask
 from danlu.lab.data import python_source
 from danlu.lab.errors import TrialError
 from danlu.lab.tasks.byte_lm import ByteLM, ByteTransformer, _Attention
@@ -28,7 +28,8 @@ class StretchedLM(ByteLM):
 
     Metrics: `bits_per_byte@rx`, the loss on the *same* last context / 2 bytes of every window given r = 1, 2, 4, ...
     `reach` times the training length of text before their end. The frequencies are stretched by `rule` with the factor
-    r, so that all arms read alike at the training length.
+    r, so that all arms read alike at the training length. With `dynamic` they follow the length instead: a byte that
+    sees n others reads with the factor n over the training length.
 
     `logn` scales the queries by the log-n factor for models that were trained without it. `local` lets a byte see the
     last `context` bytes only.
@@ -42,7 +43,7 @@ class StretchedLM(ByteLM):
     @property
     def evaluate_options(self) -> Options:
         """Options of the evaluation."""
-        return {"rule": "default", "logn": False, "local": False, "reach": 8, "windows": 128}
+        return {"rule": "default", "dynamic": False, "logn": False, "local": False, "reach": 8, "windows": 128}
 
     @torch.no_grad()
     def evaluate(
@@ -69,20 +70,14 @@ class StretchedLM(ByteLM):
         while multiple <= reach:
             mode = _Stretched(
                 context=context,
-                inv_freq=_frequencies(model.inv_freq, cast("Rule", rule), multiple, context),
+                rule=cast("Rule", rule),
+                factor=None if options["dynamic"] else multiple,
                 logn=bool(options["logn"]),
                 local=bool(options["local"]),
             )
             metrics[f"bits_per_byte@{multiple}x"] = _bits(model, windows[:, -context * multiple - 1 :], mode)
             multiple *= 2
         return metrics
-
-
-def _frequencies(inv_freq: Tensor, rule: Rule, factor: int, context: int) -> Tensor:
-    if factor == 1 or rule == "default":
-        return inv_freq
-    length = context if rule == "by-parts" else None
-    return scale_frequencies(inv_freq, method=rule, factor=factor, train_length=length)
 
 
 def _bits(model: ByteTransformer, windows: Tensor, mode: "_Stretched") -> float:
@@ -97,9 +92,10 @@ def _bits(model: ByteTransformer, windows: Tensor, mode: "_Stretched") -> float:
 
 @dataclass(frozen=True)
 class _Stretched(_Attention):
-    """Plain causal RoPE attention with frequencies of its own."""
+    """Causal RoPE attention with stretched frequencies; a factor of None follows the length."""
 
-    inv_freq: Tensor = field(default_factory=lambda: torch.ones(1))
+    rule: Rule = "default"
+    factor: int | None = 1
     logn: bool = False
     local: bool = False
 
@@ -107,9 +103,20 @@ class _Stretched(_Attention):
         """Attend; all shapes are (batch, heads, length, head_dim), queries and keys not yet rotated."""
         length = query.shape[-2]
         positions = torch.arange(length, device=query.device)
-        query, key = (apply_rope(x, positions, self.inv_freq.to(query.device)) for x in (query, key))
         if self.logn:
             query = query * logn_scale(positions + 1, self.context, "post")[:, None].to(query.dtype)
+        if self.factor is None and self.rule != "default":
+            return dynamic_rope_attention(
+                query, key, value, train_length=self.context, method=self.rule, inv_freq=inv_freq
+            )
+        if self.factor not in (None, 1) and self.rule != "default":
+            inv_freq = scale_frequencies(
+                inv_freq,
+                method=self.rule,
+                factor=self.factor,
+                train_length=self.context if self.rule == "by-parts" else None,
+            )
+        query, key = (apply_rope(x, positions, inv_freq) for x in (query, key))
         if self.local:
             mask = window_mask(length, window=self.context, device=query.device)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -35,6 +35,12 @@ TRIAL = Trial(
             grid=_RATES,
             method="danlu.positions.random_positions",
         ),
+        "randomized_log_n": Arm(
+            options={"trained_on": "sorted", "read_with": "even", "logn": True},
+            grid=_RATES,
+            method="danlu.positions.logn_scale",
+        ),
+        "equal_mean": Arm(options={"trained_on": "equal_mean"}, grid=_RATES, method="danlu.positions.random_positions"),
         "equal_mean_log_n": Arm(
             options={"trained_on": "equal_mean", "logn": True},
             grid=_RATES,
@@ -55,7 +61,7 @@ TRIAL = Trial(
             options={"width": 16, "layers": 1, "heads": 2, "context": 16, "batch_size": 4, "windows": 8},
         ),
         "demo": Budget(steps=200, seeds=3, grid=1, options={"windows": 64}),
-        "report": Budget(steps=400, seeds=5, grid=1),
+        "report": Budget(steps=400, seeds=5, options={"batch_size": 16, "windows": 96}),
         "gpu": Budget(
             steps=20_000,
             seeds=5,
@@ -65,7 +71,7 @@ TRIAL = Trial(
     notes=(
         "Windows of 64 bytes in training and up to 512 at test, around the same hidden bytes. Random positions are "
         "drawn from 1024. The window of 64 nearest bytes, on the weights of the plain arm, and ALiBi are in the table "
-        "because neighbors tell most of a hidden byte: they are the baselines to beat. All arms have one learning rate "
-        "at this size; larger sizes tune it on validation text of the training length."
+        "because neighbors tell most of a hidden byte: they are the baselines to beat. Learning rates are tuned on "
+        "validation text of the training length."
     ),
 )

@@ -1,9 +1,11 @@
 """Static rules that stretch the frequencies of RoPE, on the same weights, without further training."""
 
 from danlu.lab.tasks.stretched_lm import StretchedLM
-from danlu.lab.trial import Arm, Budget, Comparison, Trial
+from danlu.lab.trial import Arm, Budget, Comparison, Options, Trial
 
 _METHOD = "danlu.positions.scale_frequencies"
+_DYNAMIC = "danlu.attention.dynamic_rope_attention"
+_RATES: tuple[Options, ...] = ({"lr": 0.008}, {"lr": 0.004}, {"lr": 0.016})
 
 
 def _lower(candidate: str, baseline: str, multiple: int) -> Comparison:
@@ -23,15 +25,22 @@ TRIAL = Trial(
     ),
     task=StretchedLM(),
     arms={
-        "rope": Arm(),
-        "linear": Arm(options={"rule": "linear"}, method=_METHOD),
-        "ntk_old": Arm(options={"rule": "ntk-old"}, method=_METHOD),
-        "ntk_aware": Arm(options={"rule": "ntk-aware"}, method=_METHOD),
-        "ntk_fixed": Arm(options={"rule": "ntk-fixed"}, method=_METHOD),
-        "ntk_mixed": Arm(options={"rule": "ntk-mixed"}, method=_METHOD),
-        "by_parts": Arm(options={"rule": "by-parts"}, method=_METHOD),
-        "ntk_mixed_log_n": Arm(options={"rule": "ntk-mixed", "logn": True}, method="danlu.positions.logn_scale"),
-        "sliding_window": Arm(options={"local": True}, method="danlu.attention.window_mask"),
+        "rope": Arm(grid=_RATES),
+        "linear": Arm(options={"rule": "linear"}, method=_METHOD, grid=_RATES),
+        "ntk_old": Arm(options={"rule": "ntk-old"}, method=_METHOD, grid=_RATES),
+        "ntk_aware": Arm(options={"rule": "ntk-aware"}, method=_METHOD, grid=_RATES),
+        "ntk_fixed": Arm(options={"rule": "ntk-fixed"}, method=_METHOD, grid=_RATES),
+        "ntk_mixed": Arm(options={"rule": "ntk-mixed"}, method=_METHOD, grid=_RATES),
+        "by_parts": Arm(options={"rule": "by-parts"}, method=_METHOD, grid=_RATES),
+        "ntk_mixed_log_n": Arm(
+            options={"rule": "ntk-mixed", "logn": True}, method="danlu.positions.logn_scale", grid=_RATES
+        ),
+        "ntk_aware_dynamic": Arm(options={"rule": "ntk-aware", "dynamic": True}, method=_DYNAMIC, grid=_RATES),
+        "ntk_mixed_dynamic": Arm(options={"rule": "ntk-mixed", "dynamic": True}, method=_DYNAMIC, grid=_RATES),
+        "ntk_mixed_dynamic_log_n": Arm(
+            options={"rule": "ntk-mixed", "dynamic": True, "logn": True}, method=_DYNAMIC, grid=_RATES
+        ),
+        "sliding_window": Arm(options={"local": True}, method="danlu.attention.window_mask", grid=_RATES),
     },
     decides=(
         _lower("ntk_fixed", "rope", 4),
@@ -40,15 +49,16 @@ TRIAL = Trial(
         _lower("ntk_mixed", "ntk_aware", 8),
         _lower("ntk_mixed_log_n", "ntk_mixed", 8),
     ),
-    selects=("bits_per_byte@8x", "lower"),
+    selects=("bits_per_byte@1x", "lower"),
     sizes={
         "ci": Budget(
             steps=20,
             seeds=3,
-            options={"width": 32, "context": 16, "batch_size": 8, "windows": 8, "lr": 0.004},
+            grid=1,
+            options={"width": 32, "context": 16, "batch_size": 8, "windows": 8},
         ),
-        "demo": Budget(steps=300, seeds=3, options={"windows": 48, "lr": 0.004}),
-        "report": Budget(steps=500, seeds=5, options={"windows": 96, "lr": 0.004}),
+        "demo": Budget(steps=300, seeds=3, grid=1, options={"windows": 48}),
+        "report": Budget(steps=500, seeds=5, options={"windows": 64}),
         "gpu": Budget(
             steps=5000,
             seeds=5,
@@ -59,14 +69,15 @@ TRIAL = Trial(
                 "layers": 8,
                 "heads": 8,
                 "batch_size": 64,
-                "lr": 0.001,
             },
         ),
     },
     notes=(
-        "All arms read with the same weights and differ only at evaluation. The factor of a rule is the length over "
-        "the training length, so that all arms are equal at 1x. The loss is on the same last bytes of every window. "
-        "Nothing is tuned. The sliding window of the training length is in the table because it is the simplest way to "
-        "read longer text; ReRoPE, in the trial attention/rerope, changes positions instead of frequencies."
+        "All arms read with the same weights, whose learning rate is tuned at the training length, and differ only at "
+        "evaluation. The factor of a rule is the length over the training length, so that all arms are equal at 1x; "
+        "in the dynamic arms a byte that sees n others reads with the factor n over the training length, and the bytes "
+        "before it with theirs. The loss is on the same last bytes of every window. The sliding window of the training "
+        "length is in the table because it is the simplest way to read longer text; ReRoPE, in the trial "
+        "attention/rerope, changes positions instead of frequencies."
     ),
 )
