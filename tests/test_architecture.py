@@ -118,6 +118,7 @@ NO_TRIAL = {
     "positions/alibi": "an arm of the trial positions/randomized",
     "positions/log_n": "an arm of the trials positions/randomized and positions/scaling",
     "positions/position_collator": "how positions/randomized meets the data loaders of transformers",
+    "positions/position_hook": "how positions/randomized meets any training loop",
     "positions/rotary": "the baseline of the trials of its relatives",
     "precision/audit": "a tool for models; its evidence are the planted models of its tests",
     "precision/compile": "part of the training step, see precision/precision",

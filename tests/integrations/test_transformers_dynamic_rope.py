@@ -66,8 +66,8 @@ def test_the_cache_is_exact_however_the_text_is_cut(options):
             cache, steps = None, []
             for low in range(0, LENGTH, size):
                 with torch.no_grad():
-                    out = model(tokens()[:, low : low + size], cache=cache, use_cache=True)
-                cache = out.past_key_values if hasattr(out, "past_key_values") else out.cache
+                    out = model(tokens()[:, low : low + size], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
                 steps.append(out.logits)
             torch.testing.assert_close(torch.cat(steps, 1), full, rtol=0, atol=1e-11)
         # What a token says does not depend on what comes after it.

@@ -20,12 +20,14 @@ def vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
 ROTATIONS = {"RotaryEmbedding", "apply_rope", "rope_frequencies", "scale_frequencies"}
 OTHERS = {
     "RandomPositionCollator",
+    "RandomizedPositions",
     "alibi_bias",
     "alibi_slopes",
     "dynamic_factor",
     "even_positions",
     "logn_scale",
     "random_positions",
+    "randomize_positions",
 }
 
 

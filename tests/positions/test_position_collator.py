@@ -85,7 +85,7 @@ def test_the_draw_is_that_of_the_function():
     collator = RandomPositionCollator(
         padded, mode="equal_mean", distribution="beta", max_position=60, concentration=3.0
     )
-    collator._generator()
+    collator.source()
     state = collator._source.get_state()
     expected = random_positions(
         padded(ROWS)["attention_mask"],

@@ -388,6 +388,8 @@ EXEMPT: dict[str, str] = {
     "attention.window_mask": "comparisons of integers",
     "positions.RandomPositionCollator": "adds random position ids to a batch of data, without a gradient",
     "positions.dynamic_factor": "Python numbers",
+    "positions.RandomizedPositions": "a handle",
+    "positions.randomize_positions": "adds random position ids to what a model is given, without a gradient",
     "positions.alibi_slopes": "a float64 table from integers, without an input that autocast could touch",
     "positions.even_positions": "a float64 table from integers",
     "positions.scale_frequencies": "a float64 table, detached from the frequencies that it stretches",

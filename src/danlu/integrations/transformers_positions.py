@@ -164,8 +164,8 @@ def extend_rope(
         factor of the tables that "yarn" has stays.
 
     Cost:
-        None with one factor. With `logn`, and with `dynamic`, as in the attention functions; a token from the cache
-        then rotates all keys, about three times the time of attention to rotated ones on the CPU.
+        None with one factor. With `logn` as in [`rope_attention`][danlu.attention.rope_attention], with `dynamic` as in
+        [`dynamic_rope_attention`][danlu.attention.dynamic_rope_attention]: a generated token then rotates all keys.
 
     Differences:
         "dynamic" of transformers takes new frequencies as the text grows and leaves the keys in its cache rotated by

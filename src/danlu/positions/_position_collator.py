@@ -115,7 +115,10 @@ class RandomPositionCollator:
 
     def __call__(self, features: Any) -> Any:
         """Collate `features` and add positions."""
-        batch = self.collator(features)
+        return self.added(self.collator(features), lambda device: self.source())
+
+    def added(self, batch: Any, source: Callable[[torch.device], torch.Generator]) -> Any:
+        """Add positions to a batch, drawn from what `source` returns for its device."""
         if batch.get("position_ids") is not None:
             raise ValueError("the batch has position_ids already (packed texts?), which random ones would replace")
         mask = batch.get("attention_mask")
@@ -126,7 +129,7 @@ class RandomPositionCollator:
         if mask.ndim != 2:
             raise ValueError(f"attention_mask must have shape (B, L), got {tuple(mask.shape)}")
         batch["attention_mask"] = mask
-        batch["position_ids"] = self._draw(mask, self._generator()) if self.training else self._inference(mask)
+        batch["position_ids"] = self._draw(mask, source(mask.device)) if self.training else self._inference(mask)
         return batch
 
     def _draw(self, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -147,7 +150,7 @@ class RandomPositionCollator:
         visible = mask != 0
         return (visible.cumsum(1) - 1).masked_fill(~visible, 0)
 
-    def _generator(self) -> torch.Generator:
+    def source(self) -> torch.Generator:
         """That of this process: workers are copies of one another and of the main process."""
         worker = get_worker_info()
         # The seed of a worker differs from epoch to epoch, while the object is copied anew for each.
