@@ -1,6 +1,4 @@
-"""Positions drawn at random: different, sorted, in range, of the right means, and the same for the same generator."""
-
-import math
+"""Positions drawn at random: shapes, padding, generators and bad input; their law is in test_randomized_law.py."""
 
 import pytest
 import torch
@@ -35,58 +33,6 @@ def test_sorted_different_and_in_range(shape):
 
 def test_as_many_tokens_as_positions():
     assert torch.equal(random_positions([9, 9], 9)[1], torch.arange(9))
-
-
-def test_means_of_order_statistics():
-    draws, n, most = 10_000, 5, 40
-    found = random_positions(torch.full((draws,), n), most, generator=seeded()).double()
-    i = torch.arange(n, dtype=torch.float64)
-    expected = (i + 1) * (most + 1) / (n + 1) - 1
-    assert ((found.mean(0) - expected).abs() < 3 * found.std(0) / math.sqrt(draws)).all()
-
-
-def test_every_subset_is_as_likely():
-    found = random_positions(torch.full((30_000,), 2), 4, generator=seeded())
-    _, counts = found.unique(dim=0, return_counts=True)
-    assert len(counts) == 6
-    assert (counts - 5000).abs().max() < 4 * math.sqrt(5000)
-
-
-@pytest.mark.parametrize("distribution", ["exponential", "beta"])
-@pytest.mark.parametrize("endpoint", [False, True])
-def test_equal_means(distribution, endpoint):
-    """The exact mean without the end point; with it, off by n / (n - 1)."""
-    draws, n = 20_000, 8
-    found = random_positions(
-        torch.full((draws,), n),
-        64,
-        mode="equal_mean",
-        distribution=distribution,
-        endpoint=endpoint,
-        generator=seeded(),
-    ).double()
-    i = torch.arange(n, dtype=torch.float64)
-    expected = i * (n / (n - 1) if endpoint else 1.0)
-    assert ((found.mean(0) - expected).abs() <= 3.5 * found.std(0) / math.sqrt(draws)).all()
-    # Equally spaced from 0 in every sample.
-    torch.testing.assert_close(found[:, 2:] - found[:, 1:-1], found[:, 1:2].expand(-1, n - 2), rtol=1e-4, atol=1e-4)
-    assert not found[:, 0].any()
-
-
-def test_variances():
-    """Of the exponential n^2; of M times a beta variable of mean n / M and concentration c: n (M - n) / (c + 1)."""
-    n, most, draws = 8, 64, 40_000
-    for distribution, wanted in (("exponential", n**2), ("beta", n * (most - n) / 5.0)):
-        found = random_positions(
-            torch.full((draws,), n),
-            most,
-            mode="equal_mean",
-            distribution=distribution,
-            concentration=4.0,
-            endpoint=True,
-            generator=seeded(1),
-        ).double()
-        assert float(found[:, -1].var()) == pytest.approx(wanted, rel=0.06)
 
 
 def test_one_token_and_none():

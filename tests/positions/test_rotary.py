@@ -46,6 +46,26 @@ def test_large_positions_are_exact_in_float32(position):
     assert out[0, 1].item() == pytest.approx(math.sin(position), abs=1e-6)
 
 
+def test_float32_angles_would_be_wrong():
+    # Why the table is float64: cosines of float32 angles at the positions of long text.
+    exact = rope_frequencies(64)
+    for position, error in ((4096, 2.4e-5), (100_000, 1.1e-3), (1_000_000, 1.6e-2)):
+        cosines = (position * exact.float()).cos().double()
+        assert (cosines - (position * exact).cos()).abs().max().item() == pytest.approx(error, rel=0.05)
+        x = torch.cat((torch.ones(1, 32), torch.zeros(1, 32)), 1)
+        turned = apply_rope(x, torch.tensor([position]), exact)[0, :32].double()
+        torch.testing.assert_close(turned, (position * exact).cos(), rtol=0, atol=1e-7)
+    assert torch.tensor(100_000).bfloat16().item() == 99_840
+
+
+def test_neighbors_and_halves_are_one_map_up_to_a_permutation():
+    x, positions, inv_freq = torch.randn(5, 10), torch.arange(5) * 100, rope_frequencies(8)
+    # The first of every pair, the second of every pair, and what is not rotated.
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7, 8, 9])
+    halves = apply_rope(x[:, order], positions, inv_freq)
+    assert torch.equal(apply_rope(x, positions, inv_freq, interleaved=True)[:, order], halves)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs_are_rotated_in_float32(dtype):
     x = torch.randn(2, 5, 8).to(dtype)

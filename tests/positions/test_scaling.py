@@ -1,9 +1,9 @@
-"""Frequencies for longer text: golden numbers, the identities between the rules, and bad input."""
+"""Frequencies for longer text: golden numbers and bad input; their identities are in test_scaling_rules.py."""
 
 import pytest
 import torch
 
-from danlu.positions import RotaryEmbedding, apply_rope, rope_frequencies
+from danlu.positions import RotaryEmbedding, rope_frequencies
 
 METHODS = ("linear", "ntk-old", "ntk-aware", "ntk-fixed", "ntk-mixed")
 GOLDEN = {
@@ -26,28 +26,6 @@ def test_golden_value_of_the_authors_power():
     expected = torch.tensor([0.479413, 0.0290415, 0.00187144, 0.000125], dtype=torch.float64)
     found = rope_frequencies(8, method="ntk-mixed", factor=8, mixed_power=0.75)
     torch.testing.assert_close(found, expected, rtol=3e-6, atol=0)
-
-
-@pytest.mark.parametrize("method", ["linear", "ntk-aware", "ntk-fixed", "ntk-mixed"])
-@pytest.mark.parametrize(("dim", "base", "factor"), [(8, 1e4, 8.0), (64, 1e5, 2.5), (128, 5e5, 0.5)])
-def test_the_last_frequency_is_that_of_interpolation(method, dim, base, factor):
-    last = rope_frequencies(dim, base=base, method=method, factor=factor)[-1]
-    torch.testing.assert_close(last, rope_frequencies(dim, base=base)[-1] / factor, rtol=1e-12, atol=0)
-
-
-def test_relations_of_the_rules():
-    options = {"base": 1e5, "factor": 6.0}
-    plain = rope_frequencies(32, base=1e5)
-    fixed, linear = (rope_frequencies(32, method=m, **options) for m in ("ntk-fixed", "linear"))
-    for power, same in ((1.0, fixed), (0.0, linear)):
-        mixed = rope_frequencies(32, method="ntk-mixed", mixed_power=power, **options)
-        torch.testing.assert_close(mixed, same, rtol=1e-12, atol=0)
-    assert rope_frequencies(32, method="ntk-aware", **options)[0] == 1
-    for method in METHODS:
-        torch.testing.assert_close(rope_frequencies(32, base=1e5, method=method, factor=1.0), plain, rtol=1e-13, atol=0)
-    # Interpolation of frequencies is interpolation of positions.
-    x, at = torch.randn(5, 32, dtype=torch.float64), torch.arange(5.0, dtype=torch.float64)
-    torch.testing.assert_close(apply_rope(x, at, linear), apply_rope(x, at / 6, plain), rtol=1e-12, atol=1e-12)
 
 
 def test_module():
