@@ -187,7 +187,7 @@ OPERATIONS: dict[str, Operation] = {
         lambda q, k, v: attention.rerope_decode(q[:, :, -1:], k, v, window=3, slope=0.5, key_padding_mask=PADDING), QKV
     ),
     "attention.dynamic_rope_attention": Operation(
-        lambda q, k, v: attention.dynamic_rope_attention(q, k, v, train_length=3, step=2), QKV
+        lambda q, k, v: attention.dynamic_rope_attention(q, k, v, train_length=3, step=8), QKV
     ),
     "attention.rope_attention": Operation(
         lambda q, k, v: attention.rope_attention(q, k, v, key_padding_mask=PADDING), QKV
