@@ -62,8 +62,11 @@ def test_every_public_function_is_covered():
     # test_codebook_init.py and test_vq_attention.py; feature maps, in test_feature_maps.py; a report.
     elsewhere = {"decode_spans", "explain_backend", "rerope_decode", "init_codebook_from_keys", "vq_attention"}
     elsewhere |= {"hwfa_layer_plan", "window_mask"}
+    # Masks by kind and attention under them, in test_mask_kinds.py and test_split_attention.py.
+    elsewhere |= {"attention_mask", "block_mask", "split_attention"}
     assert public - elsewhere - {"feature_map", "linear_attention_step"} <= CASES.keys()
     assert {name for name in family.__all__ if inspect.isclass(getattr(family, name))} == {
+        "AttentionMask",
         "BackendChoice",
         "EfficientGlobalPointer",
         "FavorFeatures",

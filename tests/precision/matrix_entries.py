@@ -189,6 +189,16 @@ OPERATIONS: dict[str, Operation] = {
     "attention.dynamic_rope_attention": Operation(
         lambda q, k, v: attention.dynamic_rope_attention(q, k, v, train_length=3, step=8), QKV
     ),
+    "attention.split_attention": Operation(
+        lambda q, k, v: attention.split_attention(q, k, v, kind="prefix", prefix_lengths=3, key_padding_mask=PADDING),
+        QKV,
+    ),
+    "attention.split_attention:rows": Operation(
+        lambda q, k, v: attention.split_attention(q, k, v, kind="prefix", prefix_lengths=3), QKV
+    ),
+    "attention.split_attention:heads": Operation(
+        lambda q, k, v: attention.split_attention(q, k, v, kind="forward_backward"), QKV
+    ),
     "attention.rope_attention": Operation(
         lambda q, k, v: attention.rope_attention(q, k, v, key_padding_mask=PADDING), QKV
     ),
@@ -330,6 +340,9 @@ EXEMPT: dict[str, str] = {
     "attention.BackendChoice": "a record",
     "attention.ReRoPECache": "keeps no graph; rerope_decode and rerope_attention are its steps",
     "attention.LinearAttentionState": "a record",
+    "attention.AttentionMask": "a record",
+    "attention.attention_mask": "booleans",
+    "attention.block_mask": "booleans",
     "attention.decode_spans": "comparisons, integers",
     "attention.explain_backend": "a report",
     "attention.Quantized": "a record",
@@ -351,6 +364,8 @@ EXEMPT: dict[str, str] = {
     "flows.jko_step": "takes float32 and float64 particles and refuses others; solves by itself",
     "flows.ornstein_uhlenbeck": "closed forms with eigenvalues, in float32 and float64; refuses others",
     "flows.steepest_direction": "one formula per norm in the dtype of its input; tested for its dtypes with the family",
+    "diagnostics.AttentionRankReport": "a record",
+    "diagnostics.attention_rank_report": "a diagnostic in float64 without gradients; half weights in its tests",
     "diagnostics.attention_sparsity": "a diagnostic without gradients; half weights in its tests",
     "diagnostics.linear_attention_sparsity_bound": "a diagnostic without gradients; half weights in the tests",
     "diagnostics.sparsity_of_gaussian": "closed formulas in float64 without gradients; dtypes in its tests",

@@ -13,10 +13,12 @@ from danlu.attention._linear_attention import (
     linear_attention,
     linear_attention_step,
 )
+from danlu.attention._mask_kinds import AttentionMask, attention_mask, block_mask
 from danlu.attention._rerope import ReRoPE, rerope_attention, rope_attention
 from danlu.attention._rerope_backend import BackendChoice, explain_backend
 from danlu.attention._rerope_cache import ReRoPECache
 from danlu.attention._rerope_decode import rerope_decode
+from danlu.attention._split_attention import split_attention
 from danlu.attention._vector_quantizer import Quantized, VectorQuantizer
 from danlu.attention._vq_attention import vq_attention
 from danlu.attention._vq_decode import VQState
@@ -24,6 +26,7 @@ from danlu.attention._vq_module import VQAttention
 from danlu.attention._windows import LayerPlan, hwfa_layer_plan, window_mask
 
 __all__ = [
+    "AttentionMask",
     "BackendChoice",
     "EfficientGlobalPointer",
     "FavorFeatures",
@@ -38,6 +41,8 @@ __all__ = [
     "VQAttention",
     "VQState",
     "VectorQuantizer",
+    "attention_mask",
+    "block_mask",
     "decode_spans",
     "dynamic_rope_attention",
     "explain_backend",
@@ -49,6 +54,7 @@ __all__ = [
     "rerope_attention",
     "rerope_decode",
     "rope_attention",
+    "split_attention",
     "vq_attention",
     "window_mask",
 ]

@@ -5,6 +5,7 @@ from danlu.diagnostics._attention_concentration import (
     linear_attention_sparsity_bound,
     sparsity_of_gaussian,
 )
+from danlu.diagnostics._attention_rank import AttentionRankReport, attention_rank_report
 from danlu.diagnostics._embedding_health import EmbeddingHealth, embedding_health
 from danlu.diagnostics._gradient_penalty import GradientPenaltyBound, gradient_penalty_bound
 from danlu.diagnostics._power_law import (
@@ -20,6 +21,7 @@ from danlu.diagnostics._span_f1 import SpanScores, span_f1
 from danlu.diagnostics._sparse_parity import MultitaskSparseParity, TaskScores, learning_times
 
 __all__ = [
+    "AttentionRankReport",
     "EmbeddingHealth",
     "Emergence",
     "GradientPenaltyBound",
@@ -31,6 +33,7 @@ __all__ = [
     "ScalingExponents",
     "SpanScores",
     "TaskScores",
+    "attention_rank_report",
     "attention_sparsity",
     "check_quanta_relation",
     "embedding_health",
