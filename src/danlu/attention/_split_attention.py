@@ -81,8 +81,7 @@ def split_attention(
 
     Differences:
         On the CPU the kernels are those of [`rerope_attention`][danlu.attention.rerope_attention], elsewhere those of
-        `scaled_dot_product_attention`, and tiles in plain PyTorch where there is padding. In code that `torch.compile`
-        makes for the CPU they are tiles in plain PyTorch, too, which is slower than without compiling.
+        `scaled_dot_product_attention`, and tiles in plain PyTorch where there is padding.
 
     Source:
         "为什么现在的LLM都是Decoder-only的架构?" (2023-03-17) and its FAQ (2023-03-20).
@@ -202,8 +201,6 @@ def _call(
             scale=scale,
             is_causal=is_causal,
             masks=Masks(padding, None, None),
-            # The flash backward's gradients have strides of their own, which compiled code does not expect.
-            portable=True if torch.compiler.is_compiling() else None,
         )
     bias = _lower_right(rows, keys) if is_causal and rows < keys else None
     return F.scaled_dot_product_attention(
