@@ -45,7 +45,7 @@ NO_TRIAL = {
     "attention/rerope_cache": "generation with ReRoPE",
     "attention/rerope_decode": "generation with ReRoPE",
     "diagnostics/attention_rank": "facts of linear algebra, which its tests hold; there is no claim about training",
-    "diagnostics/attention_concentration": "a metric; the trials attention/concentration and concentration_bytes report it",
+    "diagnostics/attention_concentration": "a metric, which the trials attention/concentration* report",
     "diagnostics/bfgs": "the minimizer of the fits",
     "diagnostics/sum_of_powers": "what the fits share",
     "diagnostics/gradient_penalty": "reports only; the trial losses/gradient_penalty measures what it bounds",

@@ -1,5 +1,6 @@
 """Associative recall: read one value out of many pairs, by attention with one of several kernels."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,36 +15,24 @@ from danlu.lab.tasks.optimizers import OPTIMIZER_OPTIONS, make_optimizer, set_le
 from danlu.lab.tasks.training import GradientFit, generator, training_device
 from danlu.lab.trial import Fit, Options, Scalar
 
-__all__ = ["AssociativeRecall", "recall_weights"]
+__all__ = ["AssociativeRecall", "check_kernel", "recall_weights"]
 
 _KEYS = 512
 _VALUES = 32
 
 
-def _softmax(query: Tensor, key: Tensor) -> Tensor:
-    return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
-
-
-def _elu1(query: Tensor, key: Tensor) -> Tensor:
-    return _normalized((F.elu(query) + 1) @ (F.elu(key) + 1).transpose(-2, -1))
-
-
-def _relu2(query: Tensor, key: Tensor) -> Tensor:
-    return _normalized(F.relu(query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).square())
-
-
-def _normalized(weights: Tensor) -> Tensor:
-    """Rows that sum to 1; a row without a positive weight reads nothing."""
-    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-
-
-_KERNELS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"softmax": _softmax, "elu1": _elu1, "relu2": _relu2}
+# Scores to weights that need not sum to 1; softmax is apart, since it is shifted before it is an exponential.
+_KERNELS: Mapping[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+    "softmax": None,
+    "elu1": lambda query, key: (F.elu(query) + 1) @ (F.elu(key) + 1).transpose(-2, -1),
+    "relu2": lambda query, key: F.relu(query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).square(),
+}
 
 
 class _Recall(nn.Module):
     """One attention layer with one head: a pair is one token, the query a key."""
 
-    def __init__(self, kernel: Callable[[Tensor, Tensor], Tensor], width: int, head_dim: int) -> None:
+    def __init__(self, kernel: str, width: int, head_dim: int) -> None:
         super().__init__()
         self.kernel = kernel
         self.keys = nn.Embedding(_KEYS, width)
@@ -57,16 +46,31 @@ class _Recall(nn.Module):
     def weights_and_logits(self, pairs: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         """Attention weights `(n, 1, pairs)` and logits `(n, values)` of pairs `(n, pairs, 2)` and keys `(n,)`."""
         query = self.query(self.keys(asked))[:, None]
-        weights = self.kernel(query, self.key(self.keys(pairs[..., 0])))
+        weights = recall_weights(self.kernel, query, self.key(self.keys(pairs[..., 0])))
         read = weights @ self.value(self.values(pairs[..., 1]))
         return weights, self.out(read[:, 0])
 
 
-def recall_weights(kernel: str, query: Tensor, key: Tensor) -> Tensor:
-    """Attention weights `(..., m, n)` of queries `(..., m, d)` and keys `(..., n, d)` by the kernel of that name."""
+def check_kernel(kernel: str) -> None:
+    """Raise unless there is a kernel of that name."""
     if kernel not in _KERNELS:
         raise TrialError(f"unknown kernel {kernel!r}; known: {', '.join(_KERNELS)}")
-    return _KERNELS[kernel](query, key)
+
+
+def recall_weights(kernel: str, query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Attention weights `(..., m, n)` of queries `(..., m, d)` and keys `(..., n, d)` by the kernel of that name.
+
+    Rows sum to 1; a row without a positive weight reads nothing. `visible` says which weights are not 0.
+    """
+    check_kernel(kernel)
+    weigh = _KERNELS[kernel]
+    if weigh is None:
+        scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        return (scores if visible is None else scores.masked_fill(~visible, -math.inf)).softmax(-1)
+    weights = weigh(query, key)
+    if visible is not None:
+        weights = weights.masked_fill(~visible, 0.0)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,9 @@ class AssociativeRecall:
         """A new fit."""
         device = training_device(options)
         kernel = str(options["kernel"])
+        check_kernel(kernel)
         torch.manual_seed(seed)
-        model = _Recall(
-            lambda query, key: recall_weights(kernel, query, key), int(options["width"]), int(options["head_dim"])
-        )
-        recall_weights(kernel, torch.zeros(1, 1), torch.zeros(1, 1))
+        model = _Recall(kernel, int(options["width"]), int(options["head_dim"]))
         model.to(device)
         optimizer = make_optimizer(model, options)
         sizes, batch_size = _sizes(options), int(options["batch_size"])
