@@ -10,16 +10,20 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from danlu.integrations.transformers_positions import DynamicRopeExtension, RopeExtension, extend_rope
+from danlu.integrations.transformers_prefix import PrefixCollator, prefix_prompt, register_split_attention
 from danlu.integrations.transformers_probe import AttentionProbe
 from danlu.integrations.transformers_rerope import RopePatch, patch_rope
 
 __all__ = [
     "AttentionProbe",
     "DynamicRopeExtension",
+    "PrefixCollator",
     "RopeExtension",
     "RopePatch",
     "extend_rope",
     "patch_rope",
+    "prefix_prompt",
+    "register_split_attention",
     "token_loss",
 ]
 

@@ -426,7 +426,10 @@ def _refuse_what_cannot_work(model: nn.Module, modules: Sequence[nn.Module]) -> 
     for parent in parents:
         implementation = str(getattr(parent.config, "_attn_implementation", None))
         if implementation.startswith("danlu_") and implementation != "danlu_softmax":
-            raise ValueError(f"attention {implementation!r} is not a softmax of products of its queries and keys")
+            raise ValueError(
+                f"attention {implementation!r} is not a softmax of products of its queries and keys under the mask "
+                "that transformers gives it"
+            )
     if any(m.bias_k is not None or m.add_zero_attn for m in stock):
         raise ValueError("MultiheadAttention with add_bias_kv or add_zero_attn has keys that are no tokens")
 
