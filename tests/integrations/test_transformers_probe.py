@@ -147,9 +147,9 @@ def test_tiles_equal_the_whole():
     bias = torch.randn(1, 4, 50, 50, generator=generator)
     hidden = torch.rand(2, 1, 50, 50, generator=generator) < 0.3
 
-    def rules(low: int, high: int) -> tuple[Tensor, Tensor]:
-        causal = torch.ones(50, 50).tril().bool()[low:high]
-        return causal & ~hidden[:, :, low:high], bias[:, :, low:high]
+    def rules(places: Tensor) -> tuple[Tensor, Tensor]:
+        causal = torch.ones(50, 50).tril().bool()[places]
+        return causal & ~hidden[:, :, places], bias[:, :, places]
 
     call = {"scale": 0.7, "rules": rules, "min_keys": 2, "softcap": 3.0}
     whole = measure_rows(query, key, is_causal=False, tile=50, **call)
@@ -158,13 +158,74 @@ def test_tiles_equal_the_whole():
             found = measure_rows(query, key, is_causal=is_causal, tile=tile, **call)
             torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6, equal_nan=True)
     scores = 3 * torch.tanh(query @ key.repeat_interleave(2, 1).transpose(-2, -1) * 0.7 / 3) + bias
-    visible = rules(0, 50)[0].expand(scores.shape)
+    visible = rules(torch.arange(50))[0].expand(scores.shape)
     dense = scores.masked_fill(~visible, -math.inf).softmax(-1)
     torch.testing.assert_close(whole[0], attention_sparsity(dense, mask=visible), rtol=1e-9, atol=0, equal_nan=True)
     mean = torch.stack([scores[0, 1, i][visible[0, 1, i]].mean() for i in range(5, 50)])
     torch.testing.assert_close(whole[STATISTICS.index("logit_mean"), 0, 1, 5:], mean, rtol=1e-9, atol=1e-9)
     half = measure_rows(query.bfloat16(), key.bfloat16(), is_causal=True, **call)
     assert half.dtype == torch.float32
+
+
+def test_a_share_of_the_rows_is_some_of_them():
+    model = llama()
+    whole, part = AttentionProbe(model), AttentionProbe(model, share=0.3)
+    calls = 25
+    for probe in (whole, part):
+        with probe:
+            for i in range(calls):
+                model((tokens() + i % 3) % 40)
+    assert part.records()[0]["rows"] + part.records()[0]["skipped"] == pytest.approx(0.3 * 18 * calls, abs=2 * calls)
+    # Up to rounding, which depends on the tile.
+    some, every = (probe.rows(LAYER)["n_eff"].T for probe in (part, whole))
+    assert (some[:, None] - every).abs().amax(-1).amin(1).max() < 1e-4
+    # Calls of one row are looked at now and then.
+    drawn = [len(part._drawn(1)) for _ in range(200)]
+    assert set(drawn) == {0, 1}
+    assert sum(drawn) == pytest.approx(60, abs=4 * math.sqrt(200 * 0.3 * 0.7))
+
+
+def test_a_bias_that_hides_is_a_mask():
+    model = llama()
+    module = model.model.layers[1].self_attn
+    query, key = torch.randn(2, 1, 4, 9, 8, dtype=torch.float64)
+    hidden = torch.ones(9, 9).triu(1).bool()
+    bias = torch.randn(1, 4, 9, 9, dtype=torch.float64).masked_fill(hidden, torch.finfo(torch.float64).min)
+    probe = AttentionProbe(model)
+    probe._observe_transformers(module, query, key, None, {"position_bias": bias, "is_causal": False})
+    scores = query @ key.transpose(-2, -1) * 8**-0.5 + bias
+    agrees(probe.rows(LAYER), expected(scores.masked_fill(hidden, -math.inf).softmax(-1), ~hidden))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_rows_of_every_sharpness_keep_their_digits(scale):
+    """In float32 beside float64: nearly even rows, and rows of which the first or another key has nearly all."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 40, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    key[:, 1, 0] = 3 * query[:, 1].mean(1)
+    # What is hidden may be anything.
+    key[:, :, 33:] = math.nan
+    visible = torch.arange(40) < 33
+
+    def measured(dtype: torch.dtype) -> Tensor:
+        given = query.to(dtype), key.to(dtype)
+        return measure_rows(
+            *given, scale=scale, rules=lambda places: (visible[None], None), is_causal=False, min_keys=2
+        )
+
+    exact = measured(torch.float64)
+    assert exact.isfinite().all()
+    scores = query @ key[:, :, :33].transpose(-2, -1) * scale
+    dense = expected(scores.softmax(-1), torch.ones(40, 33).bool())
+    # Not from weights, of which some are 0.
+    moments = {"logit_mean": scores.mean(-1), "logit_sd": scores.std(-1, correction=0)}
+    dense |= {name: value[0] for name, value in moments.items()}
+    del dense["gaussian_s"]
+    for name, value in dense.items():
+        found = exact[STATISTICS.index(name)].transpose(0, 1).flatten(1)
+        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-10)
+    # Scores of 100 are rounded to 1e-5 themselves.
+    torch.testing.assert_close(measured(torch.float32).double(), exact, rtol=1e-3 if scale > 1 else 1e-5, atol=1e-6)
 
 
 class Largest(TorchDispatchMode):
@@ -189,8 +250,8 @@ def test_no_square_matrix_is_held(monkeypatch):
         query, key = torch.randn(1, 4, 512, 8), torch.randn(1, 2, 512, 8)
         with Largest() as largest:
             probe._observe_transformers(module, query, key, None, {})
-    # A tile of 8 rows has 4 * 8 * 512 = 2**14 scores; the square would have 2**20.
-    assert largest.elements <= 2**14
+    # A tile of 8 rows has 4 * 8 * 512 = 2**14 scores, and there is room for two; the square would have 2**20.
+    assert largest.elements <= 2**15
     assert probe.records()[0]["rows"] == 511
 
 
@@ -287,7 +348,7 @@ def test_masks_of_flex_attention():
     padding = LEFT.bool()
     mask = create_block_mask(lambda b, h, i, j: (j <= i) & padding[b, j], 2, None, 9, 9, device="cpu")
     query = torch.zeros(2, 4, 9, 8)
-    found = torch.cat([_of_block_mask(mask, query, low, low + 3, 9) for low in (0, 3, 6)], dim=2)
+    found = torch.cat([_of_block_mask(mask, query, torch.arange(low, low + 3), 9) for low in (0, 3, 6)], dim=2)
     wanted = torch.ones(9, 9).tril().bool() & padding[:, None, None, :]
     assert torch.equal(found, wanted.expand(2, 4, 9, 9))
 
@@ -446,6 +507,8 @@ def test_plot():
         (lambda: AttentionProbe(llama(), min_keys=1), ValueError, "min_keys must be at least 2, got 1"),
         (lambda: AttentionProbe(llama(), sample=0), ValueError, "sample must be at least 1"),
         (lambda: AttentionProbe(llama(), tile=0), ValueError, "tile must be at least 1"),
+        (lambda: AttentionProbe(llama(), share=0.0), ValueError, "share must be in"),
+        (lambda: AttentionProbe(llama(), share=1.5), ValueError, "share must be in"),
         (lambda: AttentionProbe(nn.MultiheadAttention(4, 2, add_bias_kv=True)), ValueError, "add_bias_kv"),
         (lambda: AttentionProbe(nn.MultiheadAttention(4, 2, add_zero_attn=True)), ValueError, "no tokens"),
         (lambda: AttentionProbe(llama()).rows("x"), ValueError, "layer must be one of"),

@@ -345,8 +345,8 @@ def prefix_prompt(
 
     Differences:
         `generate` refuses options of the model's call that are not in its signature, so it cannot be given
-        `prefix_lengths`. Beam search and several sequences per prompt need the prompt repeated before: `generate` copies prompts
-        for them, but no cache that it is given.
+        `prefix_lengths`. Beam search and several sequences per prompt need the prompt repeated before: `generate`
+        copies prompts for them, but no cache that it is given.
 
     Source:
         "为什么现在的LLM都是Decoder-only的架构?" (2023-03-17).

@@ -58,7 +58,8 @@ class AttentionProbe:
         min_keys: $\ge 2$; rows that see fewer are counted as skipped.
         sample: rows to keep per layer, $\ge 1$. All statistics are exact until there are more; then they are of a
             uniform sample of all rows.
-        tile: rows at a time; None takes as many as make 1 MiB of scores on the CPU and 16 MiB elsewhere.
+        share: share of the rows of a call to look at, in (0, 1], drawn at random; what is spent is in proportion.
+        tile: rows at a time; None takes as many as make 4 MiB of scores on the CPU and 16 MiB elsewhere.
 
     Raises:
         TypeError: `model` is no module, or an option is of a wrong type.
@@ -72,9 +73,9 @@ class AttentionProbe:
         them. What a sink outside of the keys (`s_aux`) takes is left out.
 
     Cost:
-        One more product of queries and keys per layer, with some ten passes over each tile; memory of some five tiles
-        and, per layer, `sample` x heads x 8 numbers. On SmolLM2-135M with 512 tokens on one CPU thread a forward pass
-        takes some 30 % longer.
+        One more product of queries and keys per layer, with some ten passes over each tile; memory of two tiles and,
+        per layer, `sample` x heads x 8 numbers. On one CPU thread it takes as long as three to four such products; with
+        `share=0.25`, about as long as one.
 
     Differences:
         It needs no eager attention: the weights are computed again from queries and keys, in tiles of rows. Under
@@ -106,6 +107,7 @@ class AttentionProbe:
         select: Callable[[str], bool] | None = None,
         min_keys: int = 2,
         sample: int = 4096,
+        share: float = 1.0,
         tile: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -114,11 +116,14 @@ class AttentionProbe:
             raise TypeError(f"select must be a function of a name, got {type(select).__name__}")
         self.min_keys = check_integer("min_keys", min_keys, low=2)
         self.sample = check_integer("sample", sample, low=1)
+        self.share = check_real("share", share, low=0.0, high=1.0, low_open=True)
         self.tile = None if tile is None else check_integer("tile", tile, low=1)
         self._model = model
         self._names = {m: name for name, m in model.named_modules() if select is None or select(name)}
         self._found: dict[str, RowSample] = {}
         self._calls: dict[nn.MultiheadAttention, int] = {}
+        # Of its own, so that looking changes no random number of the model.
+        self._generator = torch.Generator().manual_seed(0)
         _refuse_what_cannot_work(model, list(self._names))
 
     # ---- looking ----------------------------------------------------------------------------------------------------
@@ -205,6 +210,9 @@ class AttentionProbe:
     def _add(
         self, name: str, query: Tensor, key: Tensor, rules: Rules, causal: bool, scale: float, softcap: float | None
     ) -> None:
+        chosen = None if self.share == 1 else self._drawn(query.shape[2])
+        if chosen is not None and len(chosen) == 0:
+            return
         with torch.autocast(device_type=query.device.type, enabled=False):
             found = measure_rows(
                 query.detach(),
@@ -215,8 +223,14 @@ class AttentionProbe:
                 min_keys=self.min_keys,
                 softcap=softcap,
                 tile=self.tile,
+                chosen=chosen,
             )
         self._found.setdefault(name, RowSample(self.sample, query.shape[1])).add(found)
+
+    def _drawn(self, rows: int) -> Tensor:
+        """Rows to look at; their number is right on average, also for calls of one row."""
+        count = int(self.share * rows + torch.rand((), generator=self._generator, dtype=torch.float64).item())
+        return torch.randperm(rows, generator=self._generator)[:count].sort().values
 
     # ---- what was found ---------------------------------------------------------------------------------------------
 
@@ -457,24 +471,26 @@ def _rules_of_transformers(
     says_all = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
     causal = causal and not says_all
 
-    def rules(low: int, high: int) -> tuple[Tensor | None, Tensor | None]:
-        row = slots[keys - rows + low : keys - rows + high, None] if rows <= keys else slots[low:high, None]
-        extra = bias[..., low:high, :keys] if isinstance(bias, Tensor) else None
+    def rules(places: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        row = places[:, None] + max(0, keys - rows)
+        extra: Tensor | None = None
         visible: Tensor | None = None
+        if isinstance(bias, Tensor):
+            # Some models add their mask to it.
+            visible, extra = _split_mask(_rows_of(bias, places)[..., :keys])
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            visible = mask.bool()[:, None, None, :keys]
+            visible = _both(visible, mask.bool()[:, None, None, :keys])
         elif isinstance(mask, Tensor):
-            tile = mask if mask.shape[-2] == 1 else mask[..., low:high, :]
-            visible, additive = _split_mask(tile[..., :keys])
+            shown, additive = _split_mask(_rows_of(mask, places)[..., :keys])
+            visible = _both(visible, shown)
             extra = additive if extra is None else extra if additive is None else extra + additive
         elif mask is not None:
-            visible = _of_block_mask(mask, query, low, high, keys)
+            visible = _both(visible, _of_block_mask(mask, query, places, keys))
         if causal:
-            visible = slots <= row if visible is None else visible & (slots <= row)
+            visible = _both(visible, slots <= row)
         if window is not None and not says_all:
-            near = (slots > row - window) & (slots < row + window)
-            visible = near if visible is None else visible & near
-        return _without_padding(visible, low, high, own), extra
+            visible = _both(visible, (slots > row - window) & (slots < row + window))
+        return _without_padding(visible, places, own), extra
 
     return rules, causal
 
@@ -482,34 +498,40 @@ def _rules_of_transformers(
 def _rules_of_torch(query: Tensor, key: Tensor, masks: Sequence[Tensor | None], *, own: bool) -> Rules:
     keys = key.shape[2]
 
-    def rules(low: int, high: int) -> tuple[Tensor | None, Tensor | None]:
+    def rules(places: Tensor) -> tuple[Tensor | None, Tensor | None]:
         visible: Tensor | None = None
         bias: Tensor | None = None
         for mask in masks:
             if mask is not None:
-                tile = mask if mask.shape[-2] == 1 else mask[..., low:high, :]
-                one, additive = _split_mask(tile[..., :keys], true_hides=True)
-                visible = one if visible is None else visible & one
+                one, additive = _split_mask(_rows_of(mask, places)[..., :keys], true_hides=True)
+                visible = _both(visible, one)
                 bias = additive if bias is None else bias if additive is None else bias + additive
-        return _without_padding(visible, low, high, own), bias
+        return _without_padding(visible, places, own), bias
 
     return rules
 
 
-def _without_padding(visible: Tensor | None, low: int, high: int, own: bool) -> Tensor | None:
+def _both(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one & other
+
+
+def _rows_of(mask: Tensor, places: Tensor) -> Tensor:
+    """Some rows of a mask; one row stands for all."""
+    return mask if mask.shape[-2] == 1 else mask[..., places, :]
+
+
+def _without_padding(visible: Tensor | None, places: Tensor, own: bool) -> Tensor | None:
     """Rows whose own slot is hidden are padding, and see nothing."""
     if visible is None or not own:
         return visible
-    place = torch.arange(low, high, device=visible.device)[:, None]
-    itself = visible.expand(*visible.shape[:-2], high - low, visible.shape[-1])
-    return visible & itself.gather(-1, place.expand(*itself.shape[:-1], 1))
+    itself = visible.expand(*visible.shape[:-2], len(places), visible.shape[-1])
+    return visible & itself.gather(-1, places[:, None].expand(*itself.shape[:-1], 1))
 
 
-def _of_block_mask(mask: Any, query: Tensor, low: int, high: int, keys: int) -> Tensor:
+def _of_block_mask(mask: Any, query: Tensor, places: Tensor, keys: int) -> Tensor:
     """Visibility by the function of a mask of flex attention."""
-    axes = (query.shape[0], query.shape[1], range(low, high), keys)
-    grids = [torch.arange(n) if isinstance(n, int) else torch.arange(n.start, n.stop) for n in axes]
-    index = torch.meshgrid(*(grid.to(query.device) for grid in grids), indexing="ij")
+    batch, heads, slots = (torch.arange(n, device=query.device) for n in (*query.shape[:2], keys))
+    index = torch.meshgrid(batch, heads, places, slots, indexing="ij")
     return cast("Tensor", mask.mask_mod(*index))
 
 
