@@ -16,7 +16,7 @@ from danlu.integrations import _attention_rows  # noqa: E402
 from danlu.integrations._attention_rows import STATISTICS, RowSample, measure_rows  # noqa: E402
 from danlu.integrations.transformers import patch_rope  # noqa: E402
 from danlu.integrations.transformers_attention import register_attention  # noqa: E402
-from danlu.integrations.transformers_probe import AttentionProbe, _of_block_mask  # noqa: E402
+from danlu.integrations.transformers_probe import AttentionProbe, _of_block_mask, _short_names  # noqa: E402
 
 SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LAYER = "model.layers.1.self_attn"
@@ -494,8 +494,33 @@ def test_plot():
     for statistic in ("n_eff", "sink"):
         figure = probe.plot(statistic)
         assert figure.startswith("<svg")
-        assert LAYER in figure
+        assert "model.layers.*.self_attn" in figure
         assert statistic in figure
+        # A cell by layer and head, with the medians of the records.
+        above, below = probe._chart(statistic)["vconcat"]
+        cells = {(cell["layer"], cell["head"]): cell["value"] for cell in below["data"]["values"]}
+        wanted = {
+            (record["layer"].split(".")[2], record["head"]): record[f"{statistic}@0.5"] for record in probe.records()
+        }
+        assert cells == pytest.approx(wanted)
+        assert figure.count("self_attn: 1; head: ") == 4
+        assert [span["layer"] for span in above["layer"][0]["data"]["values"]] == ["0", "1"]
+        assert all(span["low"] <= span["high"] for span in above["layer"][0]["data"]["values"])
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "pattern"),
+    [
+        (["model.layers.0.self_attn", "model.layers.11.self_attn"], ["0", "11"], "model.layers.*.self_attn"),
+        (["a.0.x", "a.1.y"], ["0.x", "1.y"], "a.*"),
+        (["encoder.0", "decoder.0"], ["encoder", "decoder"], "*.0"),
+        (["a", "b.c"], ["a", "b.c"], "*"),
+        (["a.b"], ["a.b"], "layer"),
+        ([""], ["model"], "layer"),
+    ],
+)
+def test_names_in_plots(names, labels, pattern):
+    assert _short_names(names) == (labels, pattern)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ __all__ = ["STATISTICS", "RowSample", "Rules", "measure_rows"]
 
 STATISTICS = ("s", "n_eff", "n_eff_rest", "entropy", "sink", "logit_mean", "logit_sd", "gaussian_s")
 
-# Scores of a tile by device; there are two tensors of this size at a time. On the CPU they should stay in the cache, but
-# products of few rows are slow; elsewhere small tiles would be many launches.
+# Scores of a tile by device; there are two tensors of this size at a time. On the CPU they should stay in the cache,
+# but products of few rows are slow; elsewhere small tiles would be many launches.
 _TILE_ELEMENTS = {"cpu": 2**20}
 _TILE_ELEMENTS_ELSEWHERE = 2**22
 
@@ -39,7 +39,7 @@ def measure_rows(
     tile: int | None = None,
     chosen: Tensor | None = None,
 ) -> Tensor:
-    """The statistics of every row, or of the chosen ones, shape `(K, B, H, R)`; NaN for rows that see fewer than `min_keys` keys.
+    """The statistics of every row, or of the chosen ones, shape `(K, B, H, R)`; NaN where it sees too few keys.
 
     Args:
         query: shape `(B, H, R, D)`.

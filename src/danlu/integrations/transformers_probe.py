@@ -305,7 +305,8 @@ class AttentionProbe:
         return "\n".join(lines)
 
     def plot(self, statistic: Statistic = "n_eff") -> str:
-        """An SVG: the median of every head over the layers, and between which values 90 % of a layer's rows are.
+        """An SVG of two pictures: by layer, what 90 % of the rows are between, with the median of every head; and the
+        same medians by layer and head.
 
         Args:
             statistic: what to draw.
@@ -325,27 +326,34 @@ class AttentionProbe:
 
     def _chart(self, statistic: Statistic) -> dict[str, object]:
         index = STATISTICS.index(statistic)
-        heads = [
-            {"layer": layer, "order": i, "value": float(value)}
-            for i, (layer, found) in enumerate(self._found.items())
-            for value in found.values[:, index].nanquantile(0.5, dim=0)
-        ]
-        spans = []
-        for i, (layer, found) in enumerate(self._found.items()):
-            low, high = found.values[:, index].flatten().nanquantile(torch.tensor([0.05, 0.95])).tolist()
-            spans.append({"layer": layer, "order": i, "low": low, "high": high})
+        labels, pattern = _short_names(self.layers)
+        heads: list[dict[str, object]] = []
+        spans: list[dict[str, object]] = []
+        for order, (label, found) in enumerate(zip(labels, self._found.values(), strict=True)):
+            # Nothing to draw where no row saw enough.
+            if not len(found.values):
+                continue
+            values = found.values[:, index]
+            low, high = values.flatten().nanquantile(torch.tensor([0.05, 0.95])).tolist()
+            layer = {"layer": label, "order": order}
+            spans.append({**layer, "low": low, "high": high})
+            heads += [{**layer, "head": i, "value": v} for i, v in enumerate(values.nanquantile(0.5, dim=0).tolist())]
         # Numbers of keys span orders of magnitude.
-        kind = "log" if statistic.startswith("n_eff") else "linear"
+        scale = {"type": "log" if statistic.startswith("n_eff") else "linear", "zero": False}
         x = {"field": "layer", "type": "nominal", "sort": {"field": "order"}, "title": None}
-        scale = {"type": kind, "zero": False}
+        x |= {"axis": {"labelAngle": 0 if max(map(len, labels)) <= 3 else -90}}
 
         def y(field: str) -> dict[str, object]:
-            return {"field": field, "type": "quantitative", "title": statistic, "scale": scale}
+            axis = {"tickCount": 5, "gridOpacity": 0.5}
+            return {"field": field, "type": "quantitative", "title": statistic, "scale": scale, "axis": axis}
 
-        return {
-            "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        color = {"field": "value", "type": "quantitative", "title": "median", "scale": {**scale, "scheme": "viridis"}}
+        color |= {"legend": {"format": ".3~g", "gradientLength": 90}}
+        row = {"field": "head", "type": "ordinal", "title": "head"}
+        width = max(240, 24 * len(labels))
+        by_row = {
             "title": f"{statistic}: median of each head, and 5 to 95 % of all rows",
-            "width": max(240, 24 * len(spans)),
+            "width": width,
             "layer": [
                 {
                     "data": {"values": spans},
@@ -359,6 +367,30 @@ class AttentionProbe:
                 },
             ],
         }
+        by_head = {
+            "width": width,
+            "height": {"step": 14},
+            "data": {"values": heads},
+            "mark": "rect",
+            "encoding": {"x": {**x, "title": pattern}, "y": row, "color": color},
+        }
+        return {
+            "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+            "vconcat": [by_row, by_head],
+            "resolve": {"legend": {"color": "independent"}},
+        }
+
+
+def _short_names(names: Sequence[str]) -> tuple[list[str], str]:
+    """What tells the names apart, and how they are made of it."""
+    parts = [name.split(".") for name in names]
+    if len(parts) == 1:
+        return [names[0] or "model"], "layer"
+    shortest = min(map(len, parts)) - 1
+    front = next((i for i in range(shortest) if len({tuple(p[: i + 1]) for p in parts}) > 1), shortest)
+    back = next((i for i in range(shortest - front) if len({tuple(p[-i - 1 :]) for p in parts}) > 1), shortest - front)
+    labels = [".".join(p[front : len(p) - back]) for p in parts]
+    return labels, ".".join((*parts[0][:front], "*", *parts[0][len(parts[0]) - back :]))
 
 
 # ---- how the modules are watched ------------------------------------------------------------------------------------
