@@ -46,6 +46,7 @@ NO_TRIAL = {
     "attention/rerope_decode": "generation with ReRoPE",
     "diagnostics/attention_rank": "facts of linear algebra, which its tests hold; there is no claim about training",
     "diagnostics/attention_concentration": "a metric, which the trials attention/concentration* report",
+    "diagnostics/attention_weights": "what the reports on attention look at",
     "diagnostics/bfgs": "the minimizer of the fits",
     "diagnostics/sum_of_powers": "what the fits share",
     "diagnostics/gradient_penalty": "reports only; the trial losses/gradient_penalty measures what it bounds",

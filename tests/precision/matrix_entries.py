@@ -367,6 +367,7 @@ EXEMPT: dict[str, str] = {
     "diagnostics.AttentionRankReport": "a record",
     "diagnostics.attention_rank_report": "a diagnostic in float64 without gradients; half weights in its tests",
     "diagnostics.attention_sparsity": "a diagnostic without gradients; half weights in its tests",
+    "diagnostics.attention_weights": "a diagnostic without gradients; half inputs and autocast in its tests",
     "diagnostics.linear_attention_sparsity_bound": "a diagnostic without gradients; half weights in the tests",
     "diagnostics.sparsity_of_gaussian": "closed formulas in float64 without gradients; dtypes in its tests",
     "diagnostics.EmbeddingHealth": "a record",

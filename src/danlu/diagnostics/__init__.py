@@ -6,6 +6,7 @@ from danlu.diagnostics._attention_concentration import (
     sparsity_of_gaussian,
 )
 from danlu.diagnostics._attention_rank import AttentionRankReport, attention_rank_report
+from danlu.diagnostics._attention_weights import attention_weights
 from danlu.diagnostics._embedding_health import EmbeddingHealth, embedding_health
 from danlu.diagnostics._gradient_penalty import GradientPenaltyBound, gradient_penalty_bound
 from danlu.diagnostics._power_law import (
@@ -35,6 +36,7 @@ __all__ = [
     "TaskScores",
     "attention_rank_report",
     "attention_sparsity",
+    "attention_weights",
     "check_quanta_relation",
     "embedding_health",
     "fit_joint",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from danlu.attention import attention_mask, split_attention
-from danlu.diagnostics import attention_rank_report, attention_sparsity
+from danlu.attention import split_attention
+from danlu.diagnostics import attention_rank_report, attention_sparsity, attention_weights
 from danlu.lab.errors import TrialError
 from danlu.lab.tasks.byte_attention import MASK, Attend, ByteAttention, byte_split, corpus, windows
 from danlu.lab.tasks.optimizers import OPTIMIZER_OPTIONS, make_optimizer, set_learning_rate
@@ -157,19 +157,10 @@ def attention_matrices(model: ByteAttention, tokens: Tensor, options: Options) -
 
     def watch(layer: int, query: Tensor, key: Tensor) -> None:
         kind, border = kinds[layer]
-        count, heads = query.shape[2], query.shape[1]
-        mask = attention_mask(
-            kind,
-            count,
-            prefix_lengths=border,
-            num_heads=heads if kind == "forward_backward" else None,
-            device=query.device,
-        )
-        visible = torch.ones(count, count, dtype=torch.bool, device=query.device)
-        visible = mask.attn_mask if mask.attn_mask is not None else visible.tril() if mask.is_causal else visible
-        query, key = _rotated(query, key)
-        scores = (query @ key.transpose(-2, -1)).double() * query.shape[-1] ** -0.5
-        found.append((scores.masked_fill(~visible, -math.inf).softmax(-1), visible.expand(scores.shape)))
+        query, key = _rotated(query.double(), key.double())
+        weights = attention_weights(query, key, kind=kind, prefix_lengths=border)
+        # Weights of float64 scores of this size are 0 where hidden, and only there.
+        found.append((weights, weights > 0))
 
     model(tokens, watch)
     return found
