@@ -40,6 +40,7 @@ def candidates(kind: str, length: int, prefix: int | None) -> dict[str, Callable
     return {
         DENSE: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
         "danlu split_attention": lambda q, k, v: split_attention(q, k, v, kind=kind, prefix_lengths=prefix),
+        "torch SDPA, no mask (all pairs)": F.scaled_dot_product_attention,
         "torch SDPA, causal (another mask)": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     }
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from danlu.attention import _split_attention as module
-from danlu.attention import attention_mask, rope_attention, split_attention
+from danlu.attention import attention_mask, block_mask, rope_attention, split_attention
 
 KINDS = [
     ("causal", None),
@@ -50,8 +50,10 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, kind: str, prefix, padding
 
 
 @kinds
-@pytest.mark.parametrize("backend", ["split", "reference"])
-@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (4, 1), (6, 2), (3, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("backend", "heads", "key_heads"),
+    [("split", 4, 4), ("split", 4, 2), ("split", 6, 2), ("split", 3, 1), ("split", 1, 1), ("reference", 6, 2)],
+)
 def test_equals_the_masked_definition(kind, prefix, backend, heads, key_heads):
     """Also groups of an odd number of heads, whose neighbors go different ways."""
     query, key, value = tensors(heads, key_heads, value_dim=5)
@@ -149,9 +151,11 @@ MASKS = {
 
 
 @kinds
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-@pytest.mark.parametrize("backend", ["split", "reference"])
-def test_padding(kind, prefix, mask, backend):
+@pytest.mark.parametrize(
+    ("backend", "mask"), [*(("split", name) for name in MASKS), ("reference", "gaps"), ("reference", "empty")]
+)
+def test_padding(kind, prefix, backend, mask):
+    mask = MASKS[mask]
     query, key, value = (x.requires_grad_() for x in tensors())
     call = partial(split_attention, kind=kind, prefix_lengths=prefix, key_padding_mask=mask, backend=backend)
     with torch.autograd.set_detect_anomaly(True, check_nan=True):
@@ -274,6 +278,20 @@ def test_the_peer():
         expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         found = split_attention(query, key, value, kind=kind, prefix_lengths=prefix)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("kind", "prefix"), [("prefix", torch.tensor([5, 13, 0])), ("forward_backward", 5)], ids=str)
+def test_the_other_peer(kind, prefix):
+    """Flex attention, not compiled, with our block mask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    query, key, value = (x.float() for x in tensors(key_heads=4))
+    heads = 4 if kind == "forward_backward" else None
+    mask = block_mask(kind, 13, prefix_lengths=prefix, num_heads=heads)
+    expected = flex_attention(query, key, value, block_mask=mask)
+    found = split_attention(query, key, value, kind=kind, prefix_lengths=prefix)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
