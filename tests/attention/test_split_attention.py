@@ -189,13 +189,30 @@ def test_dtypes(kind, prefix, dtype, mask):
 
 
 @kinds
-def test_other_kernels_give_the_same(kind, prefix, monkeypatch):
+@pytest.mark.parametrize("last_rows", ["named", "mask", "padded"])
+def test_other_kernels_give_the_same(kind, prefix, last_rows, monkeypatch):
     """Where there is no flash kernel of ours, torch's attention is called; here with its own dense fallback."""
     monkeypatch.setattr(module, "has_flash", lambda query: False)
+    monkeypatch.setattr(module, "_has_lower_right", lambda query: last_rows == "named")
+    monkeypatch.setattr(module, "_FEW", 128 if last_rows == "mask" else 0)
     for rows in (13, 6):
-        query, key, value = tensors(rows=rows)
-        found = split_attention(query, key, value, kind=kind, prefix_lengths=prefix)
-        torch.testing.assert_close(found, oracle(query, key, value, kind, prefix), rtol=1e-12, atol=1e-12)
+        inputs = [x.requires_grad_() for x in tensors(rows=rows)]
+        twice = [x.detach().clone().requires_grad_() for x in inputs]
+        found = split_attention(*inputs, kind=kind, prefix_lengths=prefix)
+        expected = oracle(*twice, kind, prefix)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        grads = (torch.autograd.grad(out.square().sum(), x) for out, x in ((found, inputs), (expected, twice)))
+        for one, two in zip(*grads, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("prefix", 5), ("forward_backward", 5)])
+@pytest.mark.parametrize("few", [0, 128])
+def test_other_kernels_compile(kind, prefix, few, monkeypatch):
+    monkeypatch.setattr(module, "has_flash", lambda query: False)
+    monkeypatch.setattr(module, "_FEW", few)
+    for rows in (13, 6):
+        check_compiled("aot_eager", tensors(rows=rows), kind=kind, prefix_lengths=prefix)
 
 
 class Largest(TorchDispatchMode):

@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 
 from danlu.attention import attention_mask  # noqa: E402
+from danlu.diagnostics import attention_sparsity  # noqa: E402
 from danlu.integrations.transformers import AttentionProbe  # noqa: E402
 from danlu.integrations.transformers_prefix import (  # noqa: E402
     PrefixCollator,
@@ -320,8 +321,39 @@ def test_what_split_attention_does_not_know_is_refused():
         attend(module, query, key[:, :, :3], key[:, :, :3], None, **prefix)
     with pytest.raises(ValueError, match="does not know its layer"):
         register_split_attention("danlu_alternate")(nn.Identity(), query, key, key, None, **prefix)
-    with pytest.raises(ValueError, match="'danlu_prefix'"):
-        AttentionProbe(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_probe_knows_what_rows_see(name, padded):
+    """Beside the dense weights of the queries and keys that the attention was given."""
+    model = decoder(attention=name)
+    tokens = torch.randint(1, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    shown = torch.ones(2, 9).bool()
+    shown[1, : 3 * padded] = False
+    seen = []
+    layer = model.model.layers[1].self_attn
+    inner = register_split_attention(name)
+
+    def attend(module, query, key, *args, **kwargs):
+        seen.append((query, key))
+        return inner(module, query, key, *args, **kwargs)
+
+    AttentionInterface.register(name, attend)
+    with AttentionProbe(model) as probe:
+        model(tokens, attention_mask=shown.long(), prefix_lengths=torch.tensor([5, 4]))
+    query, key = seen[1]
+    kind = {"danlu_prefix": "prefix", "danlu_forward_backward": "forward_backward"}.get(name, "backward")
+    heads = 4 if kind == "forward_backward" else None
+    pairs = attention_mask(kind, 9, prefix_lengths=torch.tensor([5, 4]), num_heads=heads).attn_mask
+    pairs = pairs & shown[:, None, None, :] & shown[:, None, :, None]
+    scores = query @ key.repeat_interleave(2, 1).transpose(-2, -1) * layer.scaling
+    weights = scores.masked_fill(~pairs, -torch.inf).softmax(-1)
+    expected = attention_sparsity(weights, mask=pairs, kind="n_eff").transpose(0, 1).flatten(1)
+    found = probe.rows("model.layers.1.self_attn")["n_eff"]
+    for head in range(4):
+        wanted = expected[head][~expected[head].isnan()].float()
+        torch.testing.assert_close(found[head][~found[head].isnan()], wanted, rtol=1e-5, atol=0)
 
 
 def test_scale_of_the_model_is_used():

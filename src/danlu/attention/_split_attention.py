@@ -27,6 +27,9 @@ from danlu.attention._masks import (
 
 __all__ = ["split_attention"]
 
+# Rows whose mask over all keys is small beside the keys. For more, rows of zeros in front of them make a square.
+_FEW = 128
+
 
 def split_attention(
     query: Tensor,
@@ -81,7 +84,8 @@ def split_attention(
 
     Differences:
         On the CPU the kernels are those of [`rerope_attention`][danlu.attention.rerope_attention], elsewhere those of
-        `scaled_dot_product_attention`, and tiles in plain PyTorch where there is padding.
+        `scaled_dot_product_attention`, and tiles in plain PyTorch where there is padding. There, the rows behind a
+        prefix are a kernel of their own, except in compiled code, which computes the causal pairs of the prefix, too.
 
     Source:
         "为什么现在的LLM都是Decoder-only的架构?" (2023-03-17) and its FAQ (2023-03-20).
@@ -202,21 +206,24 @@ def _call(
             is_causal=is_causal,
             masks=Masks(padding, None, None),
         )
-    bias = _lower_right(rows, keys) if is_causal and rows < keys else None
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=bias,
-        is_causal=is_causal and bias is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    grouped = query.shape[1] != key.shape[1]
+    if not is_causal or rows == keys:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    # The flag means the first rows of the slots, and these are the last.
+    if _has_lower_right(query):
+        # Importing it brings the compiler.
+        from torch.nn.attention.bias import causal_lower_right
+
+        bias = causal_lower_right(rows, keys)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
+    if rows <= _FEW:
+        mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    whole = F.pad(query, (0, 0, keys - rows, 0))
+    out = F.scaled_dot_product_attention(whole, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return out[:, :, keys - rows :]
 
 
-def _lower_right(rows: int, keys: int) -> Tensor:
-    """Causal for the last rows, as torch names it without holding a mask."""
-    # Importing it brings the compiler.
-    from torch.nn.attention.bias import causal_lower_right
-
-    return causal_lower_right(rows, keys)
+def _has_lower_right(query: Tensor) -> bool:
+    """Whether torch has a kernel for the last rows: not in graphs of the compiler, and elsewhere it makes a mask."""
+    return query.is_cuda and not torch.compiler.is_compiling()

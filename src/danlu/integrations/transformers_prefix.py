@@ -20,8 +20,9 @@ from danlu.attention import attention_mask, split_attention
 __all__ = ["PrefixCollator", "SplitName", "prefix_prompt", "register_split_attention"]
 
 SplitName = Literal["danlu_prefix", "danlu_forward_backward", "danlu_alternate"]
+SplitKind = Literal["causal", "backward", "prefix", "forward_backward"]
 
-_NAMES = ("danlu_prefix", "danlu_forward_backward", "danlu_alternate")
+SPLIT_NAMES = ("danlu_prefix", "danlu_forward_backward", "danlu_alternate")
 _IGNORED = -100
 
 
@@ -76,7 +77,7 @@ def register_split_attention(name: SplitName) -> Callable[..., tuple[Tensor, Non
         >>> model(torch.arange(8)[None], prefix_lengths=torch.tensor([5])).logits.shape
         torch.Size([1, 8, 16])
     """
-    check_choice("name", name, _NAMES)
+    check_choice("name", name, SPLIT_NAMES)
     function = partial(_attend, name)
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _padding)
@@ -136,9 +137,26 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """The attention function; output `(B, T, H, D)`."""
     _refuse(module, query, key, attention_mask, dropout, kwargs)
-    causal = kwargs.get("is_causal")
+    kind, prefix = split_kind(name, module, query.shape[2], key.shape[2], {**kwargs, "prefix_lengths": prefix_lengths})
+    out = split_attention(
+        query,
+        key,
+        value,
+        kind=kind,
+        prefix_lengths=prefix,
+        key_padding_mask=attention_mask,
+        scale=scaling,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def split_kind(
+    name: SplitName, module: nn.Module, rows: int, keys: int, options: Mapping[str, Any]
+) -> tuple[SplitKind, Tensor | int | None]:
+    """The mask kind of a call of these attention functions, and its prefix."""
+    causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    kind: Literal["causal", "backward", "prefix", "forward_backward"] = "prefix"
+    kind: SplitKind = "prefix"
     if name == "danlu_forward_backward":
         kind = "forward_backward"
     elif name == "danlu_alternate":
@@ -146,28 +164,17 @@ def _attend(
         if layer is None:
             raise ValueError(f"{type(module).__name__} does not know its layer, so layers cannot take turns")
         kind = "backward" if layer % 2 else "causal"
-    prefix = prefix_lengths
-    if prefix is None:
-        if not causal:
-            prefix = key.shape[2] if kind == "prefix" else None
-        elif query.shape[2] < key.shape[2] or key.shape[2] == 1:
-            # What follows a cache is behind the prefix.
-            kind = "causal"
-        else:
-            raise ValueError(
-                f"attention {name!r} needs prefix_lengths=... in the call of a causal model; "
-                "to generate, see prefix_prompt"
-            )
-    out = split_attention(
-        query,
-        key,
-        value,
-        kind=kind,
-        prefix_lengths=None if kind == "causal" else prefix,
-        key_padding_mask=attention_mask,
-        scale=scaling,
-    )
-    return out.transpose(1, 2).contiguous(), None
+    prefix: Tensor | int | None = options.get("prefix_lengths")
+    if prefix is None and not causal:
+        prefix = keys if kind == "prefix" else None
+    elif prefix is None and (rows < keys or keys == 1):
+        # What follows a cache is behind the prefix.
+        kind = "causal"
+    elif prefix is None:
+        raise ValueError(
+            f"attention {name!r} needs prefix_lengths=... in the call of a causal model; to generate, see prefix_prompt"
+        )
+    return kind, None if kind == "causal" else prefix
 
 
 def _refuse(
@@ -363,8 +370,8 @@ def prefix_prompt(
         torch.Size([1, 8])
     """
     implementation = getattr(model.config, "_attn_implementation", None)
-    if implementation not in _NAMES:
-        raise ValueError(f"model must have attention {' or '.join(map(repr, _NAMES))}, got {implementation!r}")
+    if implementation not in SPLIT_NAMES:
+        raise ValueError(f"model must have attention {' or '.join(map(repr, SPLIT_NAMES))}, got {implementation!r}")
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids must have shape (B, L) with L >= 2, got {tuple(input_ids.shape)}")
     if attention_mask is None:

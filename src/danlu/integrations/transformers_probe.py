@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from danlu._common.checks import check_choice, check_integer, check_real
 from danlu.integrations._attention_rows import STATISTICS, RowSample, Rules, measure_rows
+from danlu.integrations.transformers_prefix import SPLIT_NAMES, SplitKind, split_kind
 
 __all__ = ["AttentionProbe", "Statistic"]
 
@@ -165,7 +166,12 @@ class AttentionProbe:
         causal = options.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
         own = query.shape[2] == key.shape[2] and not getattr(module, "is_cross_attention", False)
-        rules, causal = _rules_of_transformers(query, key, mask, options, causal=causal, own=own)
+        split = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if split in SPLIT_NAMES:
+            kind, prefix = split_kind(split, module, query.shape[2], key.shape[2], options)
+            rules, causal = _rules_of_split(query, key, kind, prefix, cast("Tensor | None", mask), own=own)
+        else:
+            rules, causal = _rules_of_transformers(query, key, mask, options, causal=causal, own=own)
         scale = options.get("scaling")
         softcap = options.get("softcap")
         self._add(name, query, key, rules, causal, query.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
@@ -471,11 +477,8 @@ def _refuse_what_cannot_work(model: nn.Module, modules: Sequence[nn.Module]) -> 
         )
     for parent in parents:
         implementation = str(getattr(parent.config, "_attn_implementation", None))
-        if implementation.startswith("danlu_") and implementation != "danlu_softmax":
-            raise ValueError(
-                f"attention {implementation!r} is not a softmax of products of its queries and keys under the mask "
-                "that transformers gives it"
-            )
+        if implementation.startswith("danlu_") and implementation not in ("danlu_softmax", *SPLIT_NAMES):
+            raise ValueError(f"attention {implementation!r} is not a softmax of products of its queries and keys")
     if any(m.bias_k is not None or m.add_zero_attn for m in stock):
         raise ValueError("MultiheadAttention with add_bias_kv or add_zero_attn has keys that are no tokens")
 
@@ -525,6 +528,31 @@ def _rules_of_transformers(
         return _without_padding(visible, places, own), extra
 
     return rules, causal
+
+
+def _rules_of_split(
+    query: Tensor, key: Tensor, kind: SplitKind, prefix: Tensor | int | None, padding: Tensor | None, *, own: bool
+) -> tuple[Rules, bool]:
+    """The same for attention by mask kinds, of heads and samples."""
+    rows, keys = query.shape[2], key.shape[2]
+    slots = torch.arange(keys, device=query.device)
+    border = torch.as_tensor(keys if prefix is None else prefix, device=query.device).view(-1, 1, 1, 1)
+    looks_ahead = torch.arange(query.shape[1], device=query.device).view(-1, 1, 1) % 2 == 1
+
+    def rules(places: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        row = places[:, None] + keys - rows
+        visible = (slots <= row)[None, None]
+        inside = (row < border) & (slots < border)
+        if kind == "prefix":
+            visible = visible | inside
+        elif kind != "causal":
+            backward = torch.where(row < border, inside & (slots >= row), visible)
+            visible = backward if kind == "backward" else torch.where(looks_ahead, backward, visible)
+        if padding is not None:
+            visible = visible & padding[:, None, None, :]
+        return _without_padding(visible, places, own), None
+
+    return rules, kind == "causal"
 
 
 def _rules_of_torch(query: Tensor, key: Tensor, masks: Sequence[Tensor | None], *, own: bool) -> Rules:
