@@ -13,10 +13,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from danlu.diagnostics import attention_sparsity  # noqa: E402
 from danlu.integrations import _attention_rows  # noqa: E402
+from danlu.integrations._attention_chart import attention_chart, short_names  # noqa: E402
 from danlu.integrations._attention_rows import STATISTICS, RowSample, measure_rows  # noqa: E402
+from danlu.integrations._attention_rules import of_block_mask  # noqa: E402
 from danlu.integrations.transformers import patch_rope  # noqa: E402
 from danlu.integrations.transformers_attention import register_attention  # noqa: E402
-from danlu.integrations.transformers_probe import AttentionProbe, _of_block_mask, _short_names  # noqa: E402
+from danlu.integrations.transformers_probe import AttentionProbe  # noqa: E402
 
 SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LAYER = "model.layers.1.self_attn"
@@ -348,7 +350,7 @@ def test_masks_of_flex_attention():
     padding = LEFT.bool()
     mask = create_block_mask(lambda b, h, i, j: (j <= i) & padding[b, j], 2, None, 9, 9, device="cpu")
     query = torch.zeros(2, 4, 9, 8)
-    found = torch.cat([_of_block_mask(mask, query, torch.arange(low, low + 3), 9) for low in (0, 3, 6)], dim=2)
+    found = torch.cat([of_block_mask(mask, query, torch.arange(low, low + 3), 9) for low in (0, 3, 6)], dim=2)
     wanted = torch.ones(9, 9).tril().bool() & padding[:, None, None, :]
     assert torch.equal(found, wanted.expand(2, 4, 9, 9))
 
@@ -497,7 +499,7 @@ def test_plot():
         assert "model.layers.*.self_attn" in figure
         assert statistic in figure
         # A cell by layer and head, with the medians of the records.
-        above, below = probe._chart(statistic)["vconcat"]
+        above, below = attention_chart(statistic, probe._found)["vconcat"]
         cells = {(cell["layer"], cell["head"]): cell["value"] for cell in below["data"]["values"]}
         wanted = {
             (record["layer"].split(".")[2], record["head"]): record[f"{statistic}@0.5"] for record in probe.records()
@@ -520,7 +522,7 @@ def test_plot():
     ],
 )
 def test_names_in_plots(names, labels, pattern):
-    assert _short_names(names) == (labels, pattern)
+    assert short_names(names) == (labels, pattern)
 
 
 @pytest.mark.parametrize(

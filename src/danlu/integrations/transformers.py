@@ -1,4 +1,4 @@
-"""transformers: token losses for its Trainer, and ReRoPE for its RoPE models, which has a file of its own.
+"""transformers: token losses for its Trainer; and ReRoPE, prefixes and probes for its models, with files of their own.
 
 Only public extension points are used: `Trainer(compute_loss_func=...)`. No class and no module of transformers is
 changed.

@@ -16,13 +16,20 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from danlu._common.checks import check_choice, check_integer, check_real
+from danlu.integrations._attention_chart import attention_chart
 from danlu.integrations._attention_rows import STATISTICS, RowSample, Rules, measure_rows
-from danlu.integrations.transformers_prefix import SPLIT_NAMES, SplitKind, split_kind
+from danlu.integrations._attention_rules import (
+    padding_of,
+    projected,
+    rules_of_split,
+    rules_of_torch,
+    rules_of_transformers,
+)
+from danlu.integrations.transformers_prefix import SPLIT_NAMES, split_kind
 
 __all__ = ["AttentionProbe", "Statistic"]
 
@@ -169,9 +176,9 @@ class AttentionProbe:
         split = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if split in SPLIT_NAMES:
             kind, prefix = split_kind(split, module, query.shape[2], key.shape[2], options)
-            rules, causal = _rules_of_split(query, key, kind, prefix, cast("Tensor | None", mask), own=own)
+            rules, causal = rules_of_split(query, key, kind, prefix, cast("Tensor | None", mask), own=own)
         else:
-            rules, causal = _rules_of_transformers(query, key, mask, options, causal=causal, own=own)
+            rules, causal = rules_of_transformers(query, key, mask, options, causal=causal, own=own)
         scale = options.get("scaling")
         softcap = options.get("softcap")
         self._add(name, query, key, rules, causal, query.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
@@ -185,19 +192,19 @@ class AttentionProbe:
         padding, mask = arguments["key_padding_mask"], arguments["attn_mask"]
         if query.is_nested:
             query = key = query.to_padded_tensor(0.0)
-            padding = _padding_of(arguments["query"])
+            padding = padding_of(arguments["query"])
         if query.ndim == 2:
             query, key = query[None], key[None]
             padding = None if padding is None else padding[None]
         elif not attention.batch_first:
             query, key = query.transpose(0, 1), key.transpose(0, 1)
         heads = attention.num_heads
-        query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in _projected(attention, query, key))
+        query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in projected(attention, query, key))
         if isinstance(mask, Tensor):
             # Heads of a sample stand together in the three-dimensional form.
             mask = mask.view(-1, heads, *mask.shape[1:]) if mask.ndim == 3 else mask[None, None]
         padding = None if padding is None else padding[:, None, None, :]
-        rules = _rules_of_torch(query, key, [mask, padding], own=arguments["query"] is arguments["key"])
+        rules = rules_of_torch(query, key, [mask, padding], own=arguments["query"] is arguments["key"])
         self._add(self._names[module], query, key, rules, False, query.shape[-1] ** -0.5, None)
 
     def _observe_layer(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
@@ -328,75 +335,7 @@ class AttentionProbe:
             converter = import_module("vl_convert")
         except ModuleNotFoundError as error:
             raise ImportError("plot needs vl_convert; install it with: pip install 'danlu[lab]'") from error
-        return str(converter.vegalite_to_svg(self._chart(statistic)))
-
-    def _chart(self, statistic: Statistic) -> dict[str, object]:
-        index = STATISTICS.index(statistic)
-        labels, pattern = _short_names(self.layers)
-        heads: list[dict[str, object]] = []
-        spans: list[dict[str, object]] = []
-        for order, (label, found) in enumerate(zip(labels, self._found.values(), strict=True)):
-            # Nothing to draw where no row saw enough.
-            if not len(found.values):
-                continue
-            values = found.values[:, index]
-            low, high = values.flatten().nanquantile(torch.tensor([0.05, 0.95])).tolist()
-            layer = {"layer": label, "order": order}
-            spans.append({**layer, "low": low, "high": high})
-            heads += [{**layer, "head": i, "value": v} for i, v in enumerate(values.nanquantile(0.5, dim=0).tolist())]
-        # Numbers of keys span orders of magnitude.
-        scale = {"type": "log" if statistic.startswith("n_eff") else "linear", "zero": False}
-        x = {"field": "layer", "type": "nominal", "sort": {"field": "order"}, "title": None}
-        x |= {"axis": {"labelAngle": 0 if max(map(len, labels)) <= 3 else -90}}
-
-        def y(field: str) -> dict[str, object]:
-            axis = {"tickCount": 5, "gridOpacity": 0.5}
-            return {"field": field, "type": "quantitative", "title": statistic, "scale": scale, "axis": axis}
-
-        color = {"field": "value", "type": "quantitative", "title": "median", "scale": {**scale, "scheme": "viridis"}}
-        color |= {"legend": {"format": ".3~g", "gradientLength": 90}}
-        row = {"field": "head", "type": "ordinal", "title": "head"}
-        width = max(240, 24 * len(labels))
-        by_row = {
-            "title": f"{statistic}: median of each head, and 5 to 95 % of all rows",
-            "width": width,
-            "layer": [
-                {
-                    "data": {"values": spans},
-                    "mark": {"type": "bar", "opacity": 0.25, "size": 14},
-                    "encoding": {"x": x, "y": y("low"), "y2": {"field": "high"}},
-                },
-                {
-                    "data": {"values": heads},
-                    "mark": {"type": "point", "filled": True, "size": 30},
-                    "encoding": {"x": x, "y": y("value")},
-                },
-            ],
-        }
-        by_head = {
-            "width": width,
-            "height": {"step": 14},
-            "data": {"values": heads},
-            "mark": "rect",
-            "encoding": {"x": {**x, "title": pattern}, "y": row, "color": color},
-        }
-        return {
-            "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
-            "vconcat": [by_row, by_head],
-            "resolve": {"legend": {"color": "independent"}},
-        }
-
-
-def _short_names(names: Sequence[str]) -> tuple[list[str], str]:
-    """What tells the names apart, and how they are made of it."""
-    parts = [name.split(".") for name in names]
-    if len(parts) == 1:
-        return [names[0] or "model"], "layer"
-    shortest = min(map(len, parts)) - 1
-    front = next((i for i in range(shortest) if len({tuple(p[: i + 1]) for p in parts}) > 1), shortest)
-    back = next((i for i in range(shortest - front) if len({tuple(p[-i - 1 :]) for p in parts}) > 1), shortest - front)
-    labels = [".".join(p[front : len(p) - back]) for p in parts]
-    return labels, ".".join((*parts[0][:front], "*", *parts[0][len(parts[0]) - back :]))
+        return str(converter.vegalite_to_svg(attention_chart(statistic, self._found)))
 
 
 # ---- how the modules are watched ------------------------------------------------------------------------------------
@@ -481,135 +420,3 @@ def _refuse_what_cannot_work(model: nn.Module, modules: Sequence[nn.Module]) -> 
             raise ValueError(f"attention {implementation!r} is not a softmax of products of its queries and keys")
     if any(m.bias_k is not None or m.add_zero_attn for m in stock):
         raise ValueError("MultiheadAttention with add_bias_kv or add_zero_attn has keys that are no tokens")
-
-
-# ---- what is visible ------------------------------------------------------------------------------------------------
-
-
-def _split_mask(mask: Tensor, true_hides: bool = False) -> tuple[Tensor, Tensor | None]:
-    """A mask as visibility and bias."""
-    if mask.is_floating_point():
-        return mask > torch.finfo(mask.dtype).min / 2, mask
-    mask = mask.bool()
-    return (~mask if true_hides else mask), None
-
-
-def _rules_of_transformers(
-    query: Tensor, key: Tensor, mask: object, options: Mapping[str, Any], *, causal: bool, own: bool
-) -> tuple[Rules, bool]:
-    """Rules by tile, and whether keys behind a row's slot can be left out."""
-    rows, keys = query.shape[2], key.shape[2]
-    slots = torch.arange(keys, device=query.device)
-    bias = options.get("position_bias")
-    window = options.get("sliding_window")
-    # Masks of four axes, and masks of flex attention, say everything.
-    says_all = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
-    causal = causal and not says_all
-
-    def rules(places: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        row = places[:, None] + max(0, keys - rows)
-        extra: Tensor | None = None
-        visible: Tensor | None = None
-        if isinstance(bias, Tensor):
-            # Some models add their mask to it.
-            visible, extra = _split_mask(_rows_of(bias, places)[..., :keys])
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            visible = _both(visible, mask.bool()[:, None, None, :keys])
-        elif isinstance(mask, Tensor):
-            shown, additive = _split_mask(_rows_of(mask, places)[..., :keys])
-            visible = _both(visible, shown)
-            extra = additive if extra is None else extra if additive is None else extra + additive
-        elif mask is not None:
-            visible = _both(visible, _of_block_mask(mask, query, places, keys))
-        if causal:
-            visible = _both(visible, slots <= row)
-        if window is not None and not says_all:
-            visible = _both(visible, (slots > row - window) & (slots < row + window))
-        return _without_padding(visible, places, own), extra
-
-    return rules, causal
-
-
-def _rules_of_split(
-    query: Tensor, key: Tensor, kind: SplitKind, prefix: Tensor | int | None, padding: Tensor | None, *, own: bool
-) -> tuple[Rules, bool]:
-    """The same for attention by mask kinds, of heads and samples."""
-    rows, keys = query.shape[2], key.shape[2]
-    slots = torch.arange(keys, device=query.device)
-    border = torch.as_tensor(keys if prefix is None else prefix, device=query.device).view(-1, 1, 1, 1)
-    looks_ahead = torch.arange(query.shape[1], device=query.device).view(-1, 1, 1) % 2 == 1
-
-    def rules(places: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        row = places[:, None] + keys - rows
-        visible = (slots <= row)[None, None]
-        inside = (row < border) & (slots < border)
-        if kind == "prefix":
-            visible = visible | inside
-        elif kind != "causal":
-            backward = torch.where(row < border, inside & (slots >= row), visible)
-            visible = backward if kind == "backward" else torch.where(looks_ahead, backward, visible)
-        if padding is not None:
-            visible = visible & padding[:, None, None, :]
-        return _without_padding(visible, places, own), None
-
-    return rules, kind == "causal"
-
-
-def _rules_of_torch(query: Tensor, key: Tensor, masks: Sequence[Tensor | None], *, own: bool) -> Rules:
-    keys = key.shape[2]
-
-    def rules(places: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        visible: Tensor | None = None
-        bias: Tensor | None = None
-        for mask in masks:
-            if mask is not None:
-                one, additive = _split_mask(_rows_of(mask, places)[..., :keys], true_hides=True)
-                visible = _both(visible, one)
-                bias = additive if bias is None else bias if additive is None else bias + additive
-        return _without_padding(visible, places, own), bias
-
-    return rules
-
-
-def _both(one: Tensor | None, other: Tensor) -> Tensor:
-    return other if one is None else one & other
-
-
-def _rows_of(mask: Tensor, places: Tensor) -> Tensor:
-    """Some rows of a mask; one row stands for all."""
-    return mask if mask.shape[-2] == 1 else mask[..., places, :]
-
-
-def _without_padding(visible: Tensor | None, places: Tensor, own: bool) -> Tensor | None:
-    """Rows whose own slot is hidden are padding, and see nothing."""
-    if visible is None or not own:
-        return visible
-    itself = visible.expand(*visible.shape[:-2], len(places), visible.shape[-1])
-    return visible & itself.gather(-1, places[:, None].expand(*itself.shape[:-1], 1))
-
-
-def _of_block_mask(mask: Any, query: Tensor, places: Tensor, keys: int) -> Tensor:
-    """Visibility by the function of a mask of flex attention."""
-    batch, heads, slots = (torch.arange(n, device=query.device) for n in (*query.shape[:2], keys))
-    index = torch.meshgrid(batch, heads, places, slots, indexing="ij")
-    return cast("Tensor", mask.mask_mod(*index))
-
-
-def _projected(attention: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    width = attention.embed_dim
-    if attention._qkv_same_embed_dim:
-        weights = (attention.in_proj_weight[:width], attention.in_proj_weight[width : 2 * width])
-    else:
-        weights = (attention.q_proj_weight, attention.k_proj_weight)
-    bias = attention.in_proj_bias
-    biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
-    return (
-        F.linear(query.to(weights[0].dtype), weights[0], biases[0]),
-        F.linear(key.to(weights[1].dtype), weights[1], biases[1]),
-    )
-
-
-def _padding_of(nested: Tensor) -> Tensor:
-    """True in the padding of a nested tensor when it is padded."""
-    lengths = torch.tensor([len(one) for one in nested.unbind()], device=nested.device)
-    return torch.arange(int(lengths.max()), device=nested.device) >= lengths[:, None]
