@@ -97,43 +97,40 @@ def _calls(
     batch, heads, rows, size, _ = query.shape
     blocks, key_heads = key.shape[2], key.shape[1]
     first = blocks - rows
-    whole = slice(0, batch)
     for group in range(heads // key_heads):
         for offset in offsets:
             low, high = max(0, -offset - first), min(rows, blocks - offset - first)
-            if low >= high:
-                continue
             table = None if bias is None else _table(bias, size, offset, is_causal)
             table = None if table is None else table.unflatten(0, (key_heads, -1))[:, group, None]
-            # A mask per head and block is never held for all blocks.
-            piecewise = not flash or (table is not None and seen is not None)
-            for part in _spans(low, high, key_heads * size * size, query.device) if piecewise else [slice(low, high)]:
+            # The plain form holds the scores of a piece; with a flash kernel masks are held, for all blocks or each.
+            held = key_heads * size * size
+            per_sample = 0 if flash and table is None else held if flash and seen is None else held * (high - low)
+            for samples, part in _pieces(batch, low, high, per_sample, query.device):
                 keys = slice(part.start + first + offset, part.stop + first + offset)
-                causal = is_causal and offset == 0
-                if table is None and flash:
-                    mask = None if seen is None else _hide(seen[:, None, keys], query.dtype)
-                    if mask is not None:
-                        mask = mask.expand(-1, key_heads, -1, -1, -1).flatten(0, 1)
-                    yield _Call(whole, group, part, keys, mask, causal, offset)
-                    continue
-                for sample in range(batch):
-                    mask = table
-                    if seen is not None:
-                        hidden = _hide(seen[sample, keys], query.dtype)
-                        mask = hidden if mask is None else mask + hidden
-                    yield _Call(slice(sample, sample + 1), group, part, keys, mask, causal, offset)
+                mask = None if table is None else table.repeat(samples.stop - samples.start, 1, 1, 1)
+                if seen is not None:
+                    hidden = _hide(seen[samples, None, keys], query.dtype)
+                    hidden = hidden.expand(-1, key_heads, -1, -1, -1).flatten(0, 1)
+                    mask = hidden if mask is None else mask + hidden
+                yield _Call(samples, group, part, keys, mask, is_causal and offset == 0, offset)
         count = logs.shape[2]
-        spans = [slice(0, count)] if flash else _spans(0, count, key_heads * size * logs.shape[3], query.device)
-        for part in spans if count else ():
+        per_sample = 0 if flash else key_heads * size * logs.shape[3] * count
+        for samples, part in _pieces(batch, 0, count, per_sample, query.device):
             shift = rows - count
-            for samples in [whole] if flash else [slice(i, i + 1) for i in range(batch)]:
-                mask = logs[samples, :, part, None].flatten(0, 1)
-                yield _Call(samples, group, slice(part.start + shift, part.stop + shift), part, mask, False, None)
+            mask = logs[samples, :, part, None].flatten(0, 1)
+            yield _Call(samples, group, slice(part.start + shift, part.stop + shift), part, mask, False, None)
 
 
-def _spans(low: int, high: int, per_block: int, device: torch.device) -> list[slice]:
-    step = max(1, _HELD.get(device.type, _HELD_ELSEWHERE) // max(1, per_block))
-    return [slice(start, min(start + step, high)) for start in range(low, high, step)]
+def _pieces(batch: int, low: int, high: int, per_sample: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Samples and blocks that come in one call: several samples with all blocks, or one with some of them."""
+    if low >= high:
+        return
+    limit = _HELD.get(device.type, _HELD_ELSEWHERE)
+    many = min(batch, limit // max(1, per_sample)) or 1
+    step = high - low if many * per_sample <= limit else max(1, (high - low) * limit // per_sample)
+    for sample in range(0, batch, many):
+        for start in range(low, high, step):
+            yield slice(sample, min(sample + many, batch)), slice(start, min(start + step, high))
 
 
 def _hide(seen: Tensor, dtype: torch.dtype) -> Tensor:
