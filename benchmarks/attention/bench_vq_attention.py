@@ -117,7 +117,7 @@ def plot(growth: dict[str, dict[str, float]], path: Path) -> None:
                 "title": "milliseconds, one CPU thread",
             },
             "color": {"field": "what", "type": "nominal", "title": None, "sort": list(growth)},
-            "strokeDash": {"field": "what", "type": "nominal", "title": None, "sort": list(growth)},
+            "strokeDash": {"field": "what", "type": "nominal", "legend": None, "sort": list(growth)},
         },
     }
     path.parent.mkdir(exist_ok=True)
@@ -147,12 +147,13 @@ def main(quick: bool) -> None:
     growth: dict[str, dict[str, float]] = {}
     for name, title, make in (
         (SDPA, "SDPA, forward", forward),
+        (SDPA, "SDPA, forward and backward", both),
         (VQ, "VQ, forward", forward),
         (VQ, "VQ, forward and backward", both),
     ):
         line = {}
         for length in [1024, 4096] if quick else GROWTH:
-            if name == VQ or length <= LONGEST_SDPA:
+            if name == VQ or length <= (LONGEST_SDPA if make is forward else LONGEST_BACKWARD):
                 run = {name: make(attentions[name], tensors(length))}
                 times = interleave(run, rounds=3, warmup=1)[name]
                 line[str(length)] = 1e3 * sorted(times)[1]

@@ -393,6 +393,34 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_work_or_are_refused():
+    """Operators have no forward mode, and torch would answer with tangents of 0."""
+    (query, key, value), codebook = tensors(20, 4)
+    query, key, value = query.detach(), key.detach(), value.detach()
+
+    def attend(q, backend="auto"):
+        return vq_attention(q, key, value, codebook, block_size=4, backend=backend)
+
+    dense = partial(attend, backend="reference")
+    expected = torch.func.jvp(dense, (query,), (query.cos(),))[1]
+    step = (dense(query + 1e-6 * query.cos()) - dense(query - 1e-6 * query.cos())) / 2e-6
+    torch.testing.assert_close(expected, step, rtol=1e-6, atol=1e-8)
+    for transformed in (
+        lambda: torch.func.jvp(attend, (query,), (query.cos(),)),
+        lambda: torch.func.grad(lambda q: attend(q).sum())(query),
+        lambda: torch.vmap(torch.func.grad(lambda q: attend(q).sum()))(query[None]),
+    ):
+        with pytest.raises(RuntimeError, match="use backend='reference'"):
+            transformed()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query, query.cos())
+        with pytest.raises(RuntimeError, match="use backend='reference'"):
+            attend(dual)
+    batched = torch.vmap(lambda q, k, v: vq_attention(q[None], k[None], v[None], codebook, block_size=4)[0])
+    torch.testing.assert_close(batched(query, key, value), attend(query), rtol=0, atol=1e-13)
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation makes, if its elements are its own."""
 

@@ -11,12 +11,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from danlu._common.checks import check_choice, check_floating, check_integer, check_real, check_same_device
 from danlu.attention._masks import check_attention, check_key_padding_mask, grouped_matmul, without_padding
 from danlu.attention._vector_quantizer import nearest_codes, straight_through
-from danlu.attention._vq_blocks import Cache, blockwise_attention
+from danlu.attention._vq_blocks import blockwise_attention
+from danlu.attention._vq_caches import caches_of_both_sides, caches_of_the_past
 
 __all__ = ["attend_to_codes", "vq_attention"]
 
@@ -74,6 +76,7 @@ def vq_attention(
     Raises:
         TypeError: not floating tensors of one dtype, a mask that is not bool, or options of a wrong type.
         ValueError: `block_size` < 1, shapes or devices that do not fit, or an unknown `backend`.
+        RuntimeError: "blocks" under `torch.func.grad`, `jvp` and their relatives, or a second derivative of it.
 
     Numerics:
         Half inputs are computed in float32 and rounded once, also under autocast; float64 stays float64. So sums of
@@ -90,7 +93,8 @@ def vq_attention(
     Differences:
         The original sums values up without a gradient; here far values get theirs by default. In the forward without
         bias only the block of the query itself is taken pair by pair, because quantized keys score the same either
-        way. Both directions are an extension.
+        way. Both directions are an extension. There is no `attn_mask`: a cached key is visible to all later blocks or
+        to none.
 
     Source:
         Lingle (2023), arXiv 2309.16354, sections 3.1 to 3.3.
@@ -146,11 +150,11 @@ def attend_to_codes(
         query, key, value, codebook = (x.to(wide) for x in (query, key, value, codebook.detach()))
         bias = None if bias is None else bias.to(wide)
         key, value = without_padding(key, key_padding_mask), without_padding(value, key_padding_mask)
+        if backend != "reference":
+            _refuse_transforms(query, key, value, bias)
         codes = nearest_codes(key, codebook) if codes is None else codes
         quantized = straight_through(key, codebook, codes)
         far_value = value if grad_through_cache else value.detach()
-        # Codewords are finite where their keys are not: the values carry what must not be hidden.
-        far_value = far_value + 0 * key.detach().sum(-1, keepdim=True)
         if backend == "reference":
             out = _dense(query, quantized, value, far_value, bias, block_size, is_causal, factor, key_padding_mask)
             return out.to(dtype)
@@ -169,6 +173,24 @@ def attend_to_codes(
         out = _in_blocks(query, quantized, value, far_value, codebook, codes, bias, seen, block_size, is_causal, factor)
         out = _reorder(out, order.argsort(dim=1))[:, :, keys - rows :]
         return out.masked_fill(~own, 0.0).to(dtype)
+
+
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise under `torch.func.grad`, `jvp` and relatives: operators have no rules for them, and `jvp` would give 0."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        # Under vmap the tensor of the inner transforms is inside.
+        while tensor is not None and functorch.is_batchedtensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+        if tensor is None:
+            continue
+        if functorch.is_gradtrackingtensor(tensor) or forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "attention in blocks has derivatives by backward() and autograd.grad alone, not by torch.func.grad, "
+                "jvp and their relatives; use backend='reference'"
+            )
 
 
 def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
@@ -228,78 +250,27 @@ def _in_blocks(
     query = F.pad(query, (0, 0, before, behind)).unflatten(2, (-1, size))
     key, value, far_value = (F.pad(x, (0, 0, 0, behind)).unflatten(2, (blocks, size)) for x in (key, value, far_value))
     codes = F.pad(codes, (0, behind)).unflatten(2, (blocks, size))
+    # Codewords are finite where their keys are not: the counts carry what must not be hidden.
+    weights = 1 + 0 * key.detach().sum(-1)
     if is_causal:
         # Hidden tokens are behind all others, which do not see them.
         seen = None
-        cache, far = _caches_of_the_past(far_value, codes, codebook.shape[1], query.shape[2], bias is not None)
+        cache, far = caches_of_the_past(
+            far_value, codes, weights, num_codes=codebook.shape[1], rows=query.shape[2], with_bias=bias is not None
+        )
     else:
         if seen is None and behind:
             seen = key.new_ones(len(key), keys, dtype=torch.bool)
         if seen is not None:
             seen = F.pad(seen, (0, behind)).unflatten(1, (blocks, size))
-        cache, far = _caches_of_both_sides(far_value, codes, codebook.shape[1], query.shape[2], seen, bias is not None)
+            weights = weights * seen[:, None]
+        cache, far = caches_of_both_sides(
+            far_value, codes, weights, num_codes=codebook.shape[1], rows=query.shape[2], with_bias=bias is not None
+        )
     out = blockwise_attention(
         query, key, value, codebook, cache=cache, far=far, bias=bias, seen=seen, is_causal=is_causal, scale=scale
     )
     return out.flatten(2, 3)[:, :, before : before + rows]
-
-
-def _caches_of_the_past(value: Tensor, codes: Tensor, count: int, rows: int, with_bias: bool) -> tuple[Cache, Cache]:
-    """What blocks of queries see of all blocks before their own, and of all before the one before their own."""
-    blocks = value.shape[2]
-    first = blocks - rows
-    # State i is that of the blocks 0, ..., low + i.
-    low = max(first, 2) - 2
-    high = blocks - (2 if with_bias else 1)
-    states = max(0, high - low)
-    place = (torch.arange(max(high, 0), device=value.device) - low).clamp_min(0)
-    sums, counts = _sums(value[:, :, : max(high, 0)], codes[:, :, : max(high, 0)], place, states, count, None)
-    whole = _means(sums.cumsum(2), counts.cumsum(2))
-    far = Cache(*(x[:, :, : max(0, blocks - 2 - low)] for x in whole))
-    if with_bias:
-        return Cache(far.values.detach(), far.logs), far
-    near_end = max(first, 1) - 1 - low
-    return Cache(whole.values.detach()[:, :, near_end:], whole.logs[:, :, near_end:]), far
-
-
-def _caches_of_both_sides(
-    value: Tensor, codes: Tensor, count: int, rows: int, seen: Tensor | None, with_bias: bool
-) -> tuple[Cache, Cache]:
-    """What blocks of queries see of all blocks, and of those that are not their own or next to it."""
-    blocks = value.shape[2]
-    place = torch.arange(blocks, device=value.device)
-    sums, counts = _sums(value, codes, place, blocks, count, seen)
-
-    def outside(x: Tensor) -> Tensor:
-        # Sums from both ends: a difference from the total would cancel.
-        left, right = x.cumsum(2)[:, :, : blocks - 2], x.flip(2).cumsum(2).flip(2)[:, :, 2:]
-        empty = x[:, :, :2].new_zeros(*x.shape[:2], min(2, blocks), *x.shape[3:])
-        return (torch.cat((empty, left), 2) + torch.cat((right, empty), 2))[:, :, blocks - rows :]
-
-    far = _means(outside(sums), outside(counts)) if blocks > 2 else Cache(sums[:, :, :0], counts[:, :, :0])
-    if with_bias:
-        return Cache(far.values.detach(), far.logs), far
-    total = _means(sums.detach().sum(2, keepdim=True), counts.sum(2, keepdim=True))
-    return Cache(*(x.expand(-1, -1, rows, *x.shape[3:]) for x in total)), far
-
-
-def _sums(
-    value: Tensor, codes: Tensor, place: Tensor, states: int, count: int, seen: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Sums of values and numbers of keys by codeword, `(B, G, states, S, ...)`; block `i` goes to state `place[i]`."""
-    batch, heads, _, _, width = value.shape
-    owner = torch.arange(batch * heads, device=value.device).view(batch, heads, 1, 1) * states
-    rows = ((owner + place[:, None]) * count + codes).flatten()
-    sums = value.new_zeros(batch * heads * states * count, width).index_add(0, rows, value.reshape(-1, width))
-    ones = value.new_ones(codes.shape) if seen is None else seen[:, None].to(value.dtype).expand(codes.shape)
-    counts = value.new_zeros(len(sums)).index_add_(0, rows, ones.reshape(-1))
-    shape = (batch, heads, states, count)
-    return sums.view(*shape, width), counts.view(shape)
-
-
-def _means(sums: Tensor, counts: Tensor) -> Cache:
-    """The logarithm of a count of 0 is -inf, which hides the codeword."""
-    return Cache(sums / counts.clamp_min(1.0)[..., None], counts.log())
 
 
 def _check(

@@ -18,7 +18,8 @@ from torch import Tensor
 
 __all__ = ["Cache", "blockwise_attention"]
 
-# Scores that the plain form, without a flash kernel, holds at a time: they fit the cache of a core, or feed a GPU.
+# Elements that a call makes at a time, scores in the plain form, gradients with a flash kernel: they fit the cache of a
+# core, or feed a GPU.
 _HELD = {"cpu": 2**20}
 _HELD_ELSEWHERE = 2**26
 
@@ -102,9 +103,8 @@ def _calls(
             low, high = max(0, -offset - first), min(rows, blocks - offset - first)
             table = None if bias is None else _table(bias, size, offset, is_causal)
             table = None if table is None else table.unflatten(0, (key_heads, -1))[:, group, None]
-            # The plain form holds the scores of a piece; with a flash kernel masks are held, for all blocks or each.
-            held = key_heads * size * size
-            per_sample = 0 if flash and table is None else held if flash and seen is None else held * (high - low)
+            masked = not flash or (table is not None and seen is not None)
+            per_sample = key_heads * size * (size if masked else query.shape[-1]) * (high - low)
             for samples, part in _pieces(batch, low, high, per_sample, query.device):
                 keys = slice(part.start + first + offset, part.stop + first + offset)
                 mask = None if table is None else table.repeat(samples.stop - samples.start, 1, 1, 1)
@@ -114,7 +114,7 @@ def _calls(
                     mask = hidden if mask is None else mask + hidden
                 yield _Call(samples, group, part, keys, mask, is_causal and offset == 0, offset)
         count = logs.shape[2]
-        per_sample = 0 if flash else key_heads * size * logs.shape[3] * count
+        per_sample = key_heads * logs.shape[3] * (query.shape[-1] if flash else size) * count
         for samples, part in _pieces(batch, 0, count, per_sample, query.device):
             shift = rows - count
             mask = logs[samples, :, part, None].flatten(0, 1)
@@ -316,6 +316,8 @@ def _backward(
         if near:
             _take(grads[1], call, call.keys).add_(parts[1])
         _take(grads[2] if near else grads[3], call, call.keys).add_(parts[2])
+        # Not held beside those of the next call.
+        del parts
     return grads[0], grads[1], grads[2], grads[3], bias_grad
 
 
