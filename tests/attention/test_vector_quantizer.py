@@ -295,7 +295,6 @@ def test_half_precision(dtype):
 def test_compiles_whole():
     module, key = VectorQuantizer(6, 4, 2, reseed_below=0.5), keys(2, 2, 9, 4, dtype=torch.float32)
     eager = copy.deepcopy(module)
-    torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for step in range(3):
         given = (key + step).requires_grad_()

@@ -365,7 +365,6 @@ def test_compile_empty_and_strided(is_causal, with_bias):
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[0, 30:] = False
     options = {"codebook": codebook, "block_size": 8, "is_causal": is_causal, "bias": bias}
-    torch._dynamo.reset()
     compiled = torch.compile(vq_attention, fullgraph=True, backend="aot_eager")
     for more in ({}, {"key_padding_mask": mask}):
         leaves = [*inputs, *([] if bias is None else [bias])]

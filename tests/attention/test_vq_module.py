@@ -194,7 +194,6 @@ def test_half_precision(dtype):
 def test_compiles_whole():
     module, x = layer(dtype=torch.float32, reseed_below=0.5), hidden(dtype=torch.float32).requires_grad_()
     eager = copy.deepcopy(module)
-    torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         pair = [run(x) for run in (compiled, eager)]
