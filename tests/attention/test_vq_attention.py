@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from danlu.attention import _vq_blocks, vq_attention
+from danlu.attention import _vq_calls, vq_attention
 from danlu.attention._vector_quantizer import nearest_codes
 
 # Length, block, codewords.
@@ -131,7 +131,7 @@ def test_decoding_equals_the_full_pass():
 @pytest.mark.parametrize("heads", [(4, 1), (4, 2), (4, 4)])
 def test_without_the_flash_kernel(is_causal, with_bias, heads, monkeypatch):
     """Another value size, and many small pieces of the plain form."""
-    monkeypatch.setitem(_vq_blocks._HELD, "cpu", 700)
+    monkeypatch.setitem(_vq_calls._HELD, "cpu", 700)
     inputs, codebook = tensors(70, 9, heads=heads[0], key_heads=heads[1], value_dim=5)
     bias = bias_of(4, 8, is_causal) if with_bias else None
     for fast, dense in both(inputs, codebook, bias=bias, block_size=8, is_causal=is_causal):
@@ -443,7 +443,7 @@ def test_no_scores_are_held(is_causal, with_bias):
     with Largest() as seen:
         vq_attention(*inputs, codebook, block_size=64, is_causal=is_causal, bias=bias).sum().backward()
     # A chunk of distances (1024 keys, 64 codewords), or of scores, is a constant.
-    assert seen.elements <= max(2 * 4096 * 8, 1024 * 64, _vq_blocks._HELD["cpu"])
+    assert seen.elements <= max(2 * 4096 * 8, 1024 * 64, _vq_calls._HELD["cpu"])
     assert seen.elements < 4096**2 / 4
 
 
@@ -466,7 +466,7 @@ def test_no_scores_are_held(is_causal, with_bias):
         ({"query": torch.zeros(2, 3, 9, 8)}, ValueError, "multiple of the number of key heads"),
         ({"query": torch.zeros(2, 4, 10, 8)}, ValueError, "cannot be more of them"),
         ({"value": torch.zeros(2, 2, 9, 8).double()}, TypeError, "one dtype"),
-        ({"window": 3}, TypeError, "window"),
+        ({"chunk": 3}, TypeError, "chunk"),
     ],
 )
 def test_bad_input(change, error, match):

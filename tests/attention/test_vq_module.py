@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from danlu.attention import VQAttention, VQState, vq_attention
+from danlu.positions import rope_frequencies
 
 
 def layer(width=16, heads=4, codes=5, *, block=4, dtype=torch.float64, **options):
@@ -22,12 +23,22 @@ def hidden(batch=2, length=37, width=16, dtype=torch.float64):
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
 
 
-variants = pytest.mark.parametrize("options", [{}, {"num_key_heads": 2}, {"relative_bias": False, "num_key_heads": 1}])
+variants = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_key_heads": 2, "window": 4},
+        {"relative_bias": False, "num_key_heads": 1},
+        {"relative_bias": False, "window": 3, "rope_base": 100.0},
+    ],
+)
 
 
 @variants
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_definition(options, is_causal):
+    if not is_causal:
+        options = {name: value for name, value in options.items() if name != "window"}
     module, x = layer(is_causal=is_causal, **options), hidden()
     out, quantized = module(x)
     key_heads = options.get("num_key_heads", 4)
@@ -45,6 +56,8 @@ def test_definition(options, is_causal):
         block_size=4,
         is_causal=is_causal,
         bias=module.relative_bias,
+        window=options.get("window"),
+        inv_freq=rope_frequencies(4, base=options.get("rope_base", 10000.0)) if "window" in options else None,
         scale=1.0,
         backend="reference",
     )
@@ -75,7 +88,7 @@ def test_decoding_equals_the_full_pass(options, start):
 
 def test_decoding_samples_of_different_lengths():
     """Prompts padded on the left; one sample ends early and is fed padding."""
-    module, x = layer(num_key_heads=2).eval(), hidden(length=40)
+    module, x = layer(num_key_heads=2, window=5).eval(), hidden(length=40)
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[1, :6] = False
     mask[0, 30:] = False
@@ -214,6 +227,10 @@ def test_compiles_whole():
         ({"num_heads": 2.0}, TypeError, "num_heads must be an int"),
         ({"backend": "flash"}, ValueError, "backend must be one of"),
         ({"decay": 2.0}, ValueError, "decay must be in"),
+        ({"block_size": 8, "window": 10}, ValueError, r"window must be at most block_size \+ 1 = 9"),
+        ({"window": 4, "is_causal": False}, ValueError, "window needs is_causal=True"),
+        ({"width": 12, "window": 4}, ValueError, "window needs an even head size, got 12 / 4 = 3"),
+        ({"rope_base": 0.0}, ValueError, "rope_base must be in"),
     ],
 )
 def test_bad_options(options, error, match):
@@ -238,4 +255,4 @@ def test_bad_input():
         module.step(hidden(length=1), state, torch.ones(3).bool())
     with pytest.raises(ValueError, match="decoding needs is_causal=True"):
         layer(is_causal=False).prefill(hidden())
-    assert "num_heads=4, num_key_heads=4, block_size=4, is_causal=True, backend='auto'" in repr(module)
+    assert "num_heads=4, num_key_heads=4, block_size=4, window=None, is_causal=True, backend='auto'" in repr(module)

@@ -112,7 +112,7 @@ EFFICIENT = attention.EfficientGlobalPointer(8, 3, head_size=4)
 CODEBOOK = 3.0 * torch.eye(8)[:4].expand(2, 4, 8)
 QUANTIZER = attention.VectorQuantizer(4, 8, 2).eval()
 QUANTIZER.set_codebook(CODEBOOK)
-LAYER = attention.VQAttention(8, num_heads=1, num_codes=2, block_size=2).eval()
+LAYER = attention.VQAttention(8, num_heads=1, num_codes=2, block_size=2, window=2).eval()
 FAVOR = attention.FavorFeatures(8, 6, generator=torch.Generator().manual_seed(0))
 LABEL_SETS = torch.tensor([[0, 2, -1], [3, -1, -1], [6, 5, 4], [-1, -1, -1]])
 

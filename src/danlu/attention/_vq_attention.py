@@ -15,12 +15,18 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from danlu._common.checks import check_choice, check_floating, check_integer, check_real, check_same_device
-from danlu.attention._masks import check_attention, check_key_padding_mask, grouped_matmul, without_padding
+from danlu.attention._masks import (
+    check_attention,
+    check_key_padding_mask,
+    grouped_matmul,
+    resolve_frequencies,
+    without_padding,
+)
 from danlu.attention._vector_quantizer import nearest_codes, straight_through
-from danlu.attention._vq_blocks import blockwise_attention
-from danlu.attention._vq_caches import caches_of_both_sides, caches_of_the_past
+from danlu.attention._vq_layout import in_blocks, reorder
+from danlu.positions import apply_rope
 
-__all__ = ["attend_to_codes", "vq_attention"]
+__all__ = ["attend_to_codes", "check_window", "vq_attention"]
 
 Backend = Literal["auto", "blocks", "reference"]
 
@@ -34,6 +40,8 @@ def vq_attention(
     block_size: int = 512,
     is_causal: bool = True,
     bias: Tensor | None = None,
+    window: int | None = None,
+    inv_freq: Tensor | None = None,
     scale: float | None = None,
     grad_through_cache: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -52,6 +60,10 @@ def vq_attention(
         $$\sum_{j\ \text{far}} e^{s\,q_i^\top C_{z_j}} v_j = \sum_c e^{s\,q_i^\top C_c + \log N_c}\,\bar v_c ,$$
         so that a row has a softmax of at most $2\ell + S$ entries ($3\ell + S$ in both directions).
 
+        With $w$ = `window` (causal), positions are told as by [`rerope_attention`][danlu.attention.rerope_attention] on
+        quantized keys, which are not rotated before: the score is $s\,q_i^\top \mathcal R_{-\min(i-j,\,w)} \hat k_j +
+        b_{ij}$. All far keys are at $w$ then, and their codewords stay as they are: $q_i^\top \mathcal R_{-w} C_c$.
+
     Args:
         query: shape `(B, H, M, D)`.
         key: shape `(B, G, N, D)` with $N \ge M$, not quantized; each key head serves `H / G` consecutive query heads.
@@ -62,6 +74,10 @@ def vq_attention(
         is_causal: a query sees the keys of its own and earlier tokens; else all keys.
         bias: $B$, shape `(H, 2 * block_size)` with entry $t$ for the distance $i - j = t$; without `is_causal` shape
             `(H, 4 * block_size - 1)` with entry $t + 2\ell - 1$. None means 0.
+        window: $w$ in [1, `block_size` + 1] (tokens): rotate by distances up to $w$; None does not rotate. The block
+            size itself costs least.
+        inv_freq: frequencies of the rotation (radians per token), shape `(R / 2,)` with $R \le D$; None means those of
+            [`rope_frequencies`][danlu.positions.rope_frequencies] for $D$.
         scale: factor of the scores; None means $D^{-1/2}$.
         grad_through_cache: whether far values get gradients; with False, as in the original's default, they do not.
         key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. Hidden slots are taken out first:
@@ -75,7 +91,8 @@ def vq_attention(
 
     Raises:
         TypeError: not floating tensors of one dtype, a mask that is not bool, or options of a wrong type.
-        ValueError: `block_size` < 1, shapes or devices that do not fit, or an unknown `backend`.
+        ValueError: `block_size` < 1, shapes or devices that do not fit, an unknown `backend`, a `window` out of range
+            or without `is_causal`, or `inv_freq` without a `window`.
         RuntimeError: "blocks" under `torch.func.grad`, `jvp` and their relatives, or a second derivative of it.
 
     Numerics:
@@ -85,16 +102,17 @@ def vq_attention(
 
     Cost:
         $2M(\ell/2 + S)(D + E)$ flops per head forward, causal without `bias`; else near blocks cost $3\ell/2$ per
-        query instead of $\ell/2$ ($3\ell$ in both directions), as they do in the backward; $2NSD$ for the nearest
-        codes. Memory $O(N(D + E))$ and two states of $\lceil N/\ell \rceil SE$ numbers per key head; never a matrix of
-        scores. On the CPU with $E = D$ through stock flash kernels. No second derivative. A query that is decoded alone
-        still costs $O(N)$ here; [`VQAttention`][danlu.attention.VQAttention] keeps a state of constant size.
+        query instead of $\ell/2$ ($3\ell$ in both directions), as they do in the backward; $2\ell$ with a `window` of
+        $\ell$, and up to $3\ell$ with another; $2NSD$ for the nearest codes. Memory $O(N(D + E))$ and two states of
+        $\lceil N/\ell \rceil SE$ numbers per key head; never a matrix of scores. On the CPU with $E = D$ through stock
+        flash kernels. No second derivative. A query that is decoded alone still costs $O(N)$ here;
+        [`VQAttention`][danlu.attention.VQAttention] keeps a state of constant size.
 
     Differences:
         The original sums values up without a gradient; here far values get theirs by default. In the forward without
         bias only the block of the query itself is taken pair by pair, because quantized keys score the same either
-        way. Both directions are an extension. There is no `attn_mask`: a cached key is visible to all later blocks or
-        to none.
+        way. Both directions and the window are extensions. There is no `attn_mask`: a cached key is visible to all
+        later blocks or to none.
 
     Source:
         Lingle (2023), arXiv 2309.16354, sections 3.1 to 3.3.
@@ -106,7 +124,7 @@ def vq_attention(
         >>> vq_attention(query, key, value, codebook=torch.randn(2, 16, 8), block_size=16).shape
         torch.Size([1, 2, 100, 8])
     """
-    _check(query, key, value, codebook, block_size, is_causal, bias, scale, key_padding_mask, backend)
+    _check(query, key, value, codebook, block_size, is_causal, bias, window, inv_freq, scale, key_padding_mask, backend)
     return attend_to_codes(
         query,
         key,
@@ -116,6 +134,8 @@ def vq_attention(
         block_size=block_size,
         is_causal=is_causal,
         bias=bias,
+        window=window,
+        inv_freq=inv_freq,
         scale=scale,
         grad_through_cache=grad_through_cache,
         key_padding_mask=key_padding_mask,
@@ -133,6 +153,8 @@ def attend_to_codes(
     block_size: int,
     is_causal: bool,
     bias: Tensor | None,
+    window: int | None,
+    inv_freq: Tensor | None,
     scale: float | None,
     grad_through_cache: bool,
     key_padding_mask: Tensor | None,
@@ -155,23 +177,21 @@ def attend_to_codes(
         codes = nearest_codes(key, codebook) if codes is None else codes
         quantized = straight_through(key, codebook, codes)
         far_value = value if grad_through_cache else value.detach()
+        rope = None if window is None else resolve_frequencies(inv_freq, query)
+        options = (block_size, is_causal, window or 0, rope, factor)
         if backend == "reference":
-            out = _dense(query, quantized, value, far_value, bias, block_size, is_causal, factor, key_padding_mask)
-            return out.to(dtype)
+            return _dense(query, quantized, value, far_value, bias, key_padding_mask, *options).to(dtype)
         if key_padding_mask is None:
-            out = _in_blocks(
-                query, quantized, value, far_value, codebook, codes, bias, None, block_size, is_causal, factor
-            )
-            return out.to(dtype)
+            return in_blocks(query, quantized, value, far_value, codebook, codes, bias, None, *options).to(dtype)
         own = key_padding_mask[:, None, keys - rows :, None]
         # Of fewer queries than keys, how many slots before the first one are hidden differs between samples.
         query = F.pad(query.masked_fill(~own, 0.0), (0, 0, keys - rows, 0))
         order = (~key_padding_mask).to(torch.int8).argsort(dim=1, stable=True)
-        query, quantized, value, far_value = (_reorder(x, order) for x in (query, quantized, value, far_value))
+        query, quantized, value, far_value = (reorder(x, order) for x in (query, quantized, value, far_value))
         codes = codes.gather(2, order[:, None].expand_as(codes))
         seen = torch.arange(keys, device=key.device) < key_padding_mask.sum(1, keepdim=True)
-        out = _in_blocks(query, quantized, value, far_value, codebook, codes, bias, seen, block_size, is_causal, factor)
-        out = _reorder(out, order.argsort(dim=1))[:, :, keys - rows :]
+        out = in_blocks(query, quantized, value, far_value, codebook, codes, bias, seen, *options)
+        out = reorder(out, order.argsort(dim=1))[:, :, keys - rows :]
         return out.masked_fill(~own, 0.0).to(dtype)
 
 
@@ -193,84 +213,45 @@ def _refuse_transforms(*tensors: Tensor | None) -> None:
             )
 
 
-def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
-    return tensor.gather(2, order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
-
-
 def _dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     far_value: Tensor,
     bias: Tensor | None,
+    key_padding_mask: Tensor | None,
     block_size: int,
     is_causal: bool,
+    window: int,
+    inv_freq: Tensor | None,
     scale: float,
-    key_padding_mask: Tensor | None,
 ) -> Tensor:
     """The definition, with all scores: near pairs with their bias and gradients, far ones without."""
     rows, keys = query.shape[2], key.shape[2]
     shown = key.new_ones(query.shape[0], keys, dtype=torch.bool) if key_padding_mask is None else key_padding_mask
-    place = shown.cumsum(1) - 1
-    distance = place[:, None, keys - rows :, None] - place[:, None, None, :]
-    block = place // block_size
-    near = (block[:, None, keys - rows :, None] - block[:, None, None, :]).abs() <= 1
+    place = (shown.cumsum(1) - 1)[:, None]
+    own = place[..., keys - rows :]
+    distance = own[..., None] - place[:, :, None]
+    near = (own[..., None] // block_size - place[:, :, None] // block_size).abs() <= 1
     visible = shown[:, None, keys - rows :, None] & shown[:, None, None, :]
     visible = visible & (distance >= 0) if is_causal else visible
-    scores = grouped_matmul(query, key.mT) * scale
+
+    def scores_of(words: Tensor) -> Tensor:
+        if inv_freq is None:
+            return grouped_matmul(query, words.mT) * scale
+        within = grouped_matmul(apply_rope(query, own, inv_freq), apply_rope(words, place, inv_freq).mT)
+        beyond = grouped_matmul(apply_rope(query, own.new_full((1,), window), inv_freq), words.mT)
+        return torch.where(distance < window, within, beyond) * scale
+
+    scores = scores_of(key)
     if bias is not None:
         entry = (distance if is_causal else distance + bias.shape[1] // 2).clamp(0, bias.shape[1] - 1)
         scores = scores + bias[torch.arange(len(bias), device=bias.device)[:, None, None], entry]
-    far_scores = grouped_matmul(query, key.detach().mT) * scale
+    scores = torch.where(near, scores, scores_of(key.detach()))
     empty = ~visible.any(-1, keepdim=True)
-    scores = torch.where(near, scores, far_scores).masked_fill(~visible & ~empty, -torch.inf).masked_fill(empty, 0.0)
+    scores = scores.masked_fill(~visible & ~empty, -torch.inf).masked_fill(empty, 0.0)
     weights = scores.softmax(-1).masked_fill(empty, 0.0)
     return grouped_matmul(weights * near, value) + grouped_matmul(weights * ~near, far_value)
-
-
-def _in_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    far_value: Tensor,
-    codebook: Tensor,
-    codes: Tensor,
-    bias: Tensor | None,
-    seen: Tensor | None,
-    block_size: int,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    """The block form for tokens without padding in between; `seen` `(B, N)` is False from some token on."""
-    rows, keys = query.shape[2], key.shape[2]
-    size = min(block_size, keys)
-    blocks = -(-keys // size)
-    before, behind = (keys - rows) % size, blocks * size - keys
-    # Where they have a block each, queries begin within the block of their first one.
-    query = F.pad(query, (0, 0, before, behind)).unflatten(2, (-1, size))
-    key, value, far_value = (F.pad(x, (0, 0, 0, behind)).unflatten(2, (blocks, size)) for x in (key, value, far_value))
-    codes = F.pad(codes, (0, behind)).unflatten(2, (blocks, size))
-    # Codewords are finite where their keys are not: the counts carry what must not be hidden.
-    weights = 1 + 0 * key.detach().sum(-1)
-    if is_causal:
-        # Hidden tokens are behind all others, which do not see them.
-        seen = None
-        cache, far = caches_of_the_past(
-            far_value, codes, weights, num_codes=codebook.shape[1], rows=query.shape[2], with_bias=bias is not None
-        )
-    else:
-        if seen is None and behind:
-            seen = key.new_ones(len(key), keys, dtype=torch.bool)
-        if seen is not None:
-            seen = F.pad(seen, (0, behind)).unflatten(1, (blocks, size))
-            weights = weights * seen[:, None]
-        cache, far = caches_of_both_sides(
-            far_value, codes, weights, num_codes=codebook.shape[1], rows=query.shape[2], with_bias=bias is not None
-        )
-    out = blockwise_attention(
-        query, key, value, codebook, cache=cache, far=far, bias=bias, seen=seen, is_causal=is_causal, scale=scale
-    )
-    return out.flatten(2, 3)[:, :, before : before + rows]
 
 
 def _check(
@@ -281,6 +262,8 @@ def _check(
     block_size: int,
     is_causal: bool,
     bias: Tensor | None,
+    window: int | None,
+    inv_freq: Tensor | None,
     scale: float | None,
     key_padding_mask: Tensor | None,
     backend: str,
@@ -299,6 +282,11 @@ def _check(
             f"got {tuple(codebook.shape)}"
         )
     check_same_device(query=query, codebook=codebook, bias=bias)
+    check_window(window, block_size, is_causal)
+    if window is not None:
+        resolve_frequencies(inv_freq, query)
+    elif inv_freq is not None:
+        raise ValueError("inv_freq needs a window, within which positions are told by rotations")
     if bias is not None:
         check_floating("bias", bias)
         width = 2 * block_size if is_causal else 4 * block_size - 1
@@ -307,3 +295,16 @@ def _check(
                 f"bias must have shape (H, {'2' if is_causal else '4'} * block_size{'' if is_causal else ' - 1'}) = "
                 f"{(query.shape[1], width)}, got {tuple(bias.shape)}"
             )
+
+
+def check_window(window: int | None, block_size: int, is_causal: bool) -> None:
+    """Raise unless cached keys are all at the window or beyond."""
+    if window is None:
+        return
+    if not is_causal:
+        raise ValueError("window needs is_causal=True: cached keys before and after a query would need caches apart")
+    check_integer("window", window, low=1)
+    if window > block_size + 1:
+        raise ValueError(
+            f"window must be at most block_size + 1 = {block_size + 1}, since cached keys may be as near, got {window}"
+        )

@@ -14,7 +14,7 @@ __all__ = ["caches_of_both_sides", "caches_of_the_past"]
 
 
 def caches_of_the_past(
-    value: Tensor, codes: Tensor, weights: Tensor, *, num_codes: int, rows: int, with_bias: bool
+    value: Tensor, codes: Tensor, weights: Tensor, *, num_codes: int, rows: int, by_distance: bool
 ) -> tuple[Cache, Cache]:
     """Caches of the forward and of the backward, for causal attention.
 
@@ -24,24 +24,25 @@ def caches_of_the_past(
         weights: `(B, G, K, P)`: 1 for a key that counts, NaN for one that is not finite.
         num_codes: `S`.
         rows: blocks of queries, the last of the `K`.
-        with_bias: whether the block before that of the queries is near in the forward, too.
+        by_distance: whether scores depend on the distance, so that the block before that of the queries is near in the
+            forward, too.
     """
     blocks = value.shape[2]
     # State i is that of the blocks 0, ..., low + i; what a block of queries sees ends one or two blocks before it.
     low = max(blocks - rows, 2) - 2
-    states = max(0, blocks - (2 if with_bias else 1) - low)
+    states = max(0, blocks - (2 if by_distance else 1) - low)
     means, counts = _means_of_the_past(value, codes, weights, low, states, num_codes)
     logs = counts.log()
     end = max(0, blocks - 2 - low)
     far = Cache(means[:, :, :end], logs[:, :, :end])
-    if with_bias:
+    if by_distance:
         return Cache(far.values.detach(), far.logs), far
     start = max(blocks - rows, 1) - 1 - low
     return Cache(means.detach()[:, :, start:], logs[:, :, start:]), far
 
 
 def caches_of_both_sides(
-    value: Tensor, codes: Tensor, weights: Tensor, *, num_codes: int, rows: int, with_bias: bool
+    value: Tensor, codes: Tensor, weights: Tensor, *, num_codes: int, rows: int, by_distance: bool
 ) -> tuple[Cache, Cache]:
     """The same for attention in both directions: of all blocks, and of those that are not the own one or next to it."""
     blocks, width = value.shape[2], value.shape[-1]
@@ -58,7 +59,7 @@ def caches_of_both_sides(
         return (torch.cat((empty, left), 2) + torch.cat((right, empty), 2))[:, :, blocks - rows :]
 
     far = _cache(outside(sums), outside(counts)) if blocks > 2 else Cache(sums[:, :, :0], counts[:, :, :0])
-    if with_bias:
+    if by_distance:
         return Cache(far.values.detach(), far.logs), far
     total = _cache(sums.detach().sum(2, keepdim=True), counts.sum(2, keepdim=True))
     return Cache(*(x.expand(-1, -1, rows, *x.shape[3:]) for x in total)), far

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from danlu.attention._masks import grouped_matmul
+from danlu.attention._vector_quantizer import look_up
+from danlu.positions import apply_rope
 
 __all__ = ["VQState", "decode_step", "state_after"]
 
@@ -99,6 +101,8 @@ def decode_step(
     codebook: Tensor,
     *,
     bias: Tensor | None,
+    window: int | None,
+    inv_freq: Tensor | None,
     scale: float,
     visible: Tensor | None,
 ) -> tuple[Tensor, VQState]:
@@ -111,6 +115,8 @@ def decode_step(
         state: before this token.
         codebook: `(G, S, D)`.
         bias: by distance, `(H, W)`, or None.
+        window: distance at which rotations stop growing, or None.
+        inv_freq: of the rotations, or None.
         scale: factor of the scores.
         visible: bool `(B,)`, False where the token is padding, whose output is 0 and which is forgotten; None if none.
     """
@@ -131,9 +137,16 @@ def decode_step(
     position = (new.length - 1)[:, None]
     distance = (position - torch.arange(width, device=code.device)) % width
     held = distance <= position
-    by_code = grouped_matmul(query, codebook.mT.expand(batch, -1, -1, -1)) * scale
+    far_query = query
+    if window is not None and inv_freq is not None:
+        far_query = apply_rope(query, torch.full((1,), window, device=code.device), inv_freq)
+    by_code = grouped_matmul(far_query, codebook.mT.expand(batch, -1, -1, -1)) * scale
     grouped = by_code[:, :, 0].unflatten(1, (heads, -1))
-    near = grouped.gather(-1, new.codes[:, :, None].expand(-1, -1, grouped.shape[2], -1))
+    if window is not None and inv_freq is not None:
+        words = apply_rope(look_up(codebook, new.codes), -distance[:, None].clamp_max(window), inv_freq)
+        near = (grouped_matmul(query, words.mT) * scale)[:, :, 0].unflatten(1, (heads, -1))
+    else:
+        near = grouped.gather(-1, new.codes[:, :, None].expand(-1, -1, grouped.shape[2], -1))
     if bias is not None:
         # Slots also hold the beginning of what the block form has in its cache, without a bias.
         block = width // 2

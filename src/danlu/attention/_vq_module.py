@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from danlu._common.checks import check_choice, check_floating, check_integer
+from danlu._common.checks import check_choice, check_floating, check_integer, check_real
 from danlu.attention._vector_quantizer import Quantized, VectorQuantizer, nearest_codes
-from danlu.attention._vq_attention import Backend, attend_to_codes
+from danlu.attention._vq_attention import Backend, attend_to_codes, check_window
 from danlu.attention._vq_decode import VQState, decode_step, state_after
+from danlu.positions import rope_frequencies
 
 __all__ = ["VQAttention"]
 
@@ -22,10 +23,10 @@ class VQAttention(nn.Module):
 
     Definition:
         $$q = D^{-1/4}\operatorname{LN}(W_q x), \quad k = D^{-1/4}\operatorname{LN}(W_k x), \quad v = W_v x, \qquad
-        y = W_o\, \operatorname{VQ}(q, k, v, C;\ s = 1, B)$$
+        y = W_o\, \operatorname{VQ}(q, k, v, C;\ s = 1, B, w)$$
         per head of size $D = C / H$, with LN the normalization of a head without scale and shift, $C$ the codebook of a
-        [`VectorQuantizer`][danlu.attention.VectorQuantizer], and $B$ a learned bias by distance within near blocks, the
-        only thing that knows of positions.
+        [`VectorQuantizer`][danlu.attention.VectorQuantizer], and $B$ a learned bias by distance within near blocks.
+        Beside $B$, only the rotations by distances up to $w$ know of positions, if there is a $w$.
 
     Args:
         width: $C$, a multiple of `num_heads`.
@@ -34,6 +35,8 @@ class VQAttention(nn.Module):
         num_key_heads: $G$, dividing $H$; None means $H$.
         block_size: $\ell$ (tokens).
         relative_bias: whether there is a $B$, 0 at the start.
+        window: $w$ of `vq_attention`, at most `block_size` + 1 (tokens); None rotates nothing.
+        rope_base: base of the rotations' frequencies.
         is_causal: whether a token sees only itself and earlier ones.
         decay: of the codebook's averages.
         commitment: weight of the quantizer's loss.
@@ -56,7 +59,7 @@ class VQAttention(nn.Module):
 
     Numerics:
         As in `vq_attention`; the normalization is in float32 for half inputs. RoPE does not fit, since a key would
-        depend on its absolute position.
+        depend on its absolute position; with a `window` it is the ReRoPE of unrotated keys.
 
     Cost:
         That of `vq_attention` and $2C^2(2 + 2G/H)$ flops per token. A step of decoding costs $O(2\ell + S)$ per head
@@ -91,6 +94,8 @@ class VQAttention(nn.Module):
         num_key_heads: int | None = None,
         block_size: int = 512,
         relative_bias: bool = True,
+        window: int | None = None,
+        rope_base: float = 10000.0,
         is_causal: bool = True,
         decay: float = 0.99,
         commitment: float = 1e-4,
@@ -108,9 +113,14 @@ class VQAttention(nn.Module):
         if num_heads % self.num_key_heads:
             raise ValueError(f"num_heads must be a multiple of num_key_heads = {num_key_heads}, got {num_heads}")
         self.block_size = check_integer("block_size", block_size, low=1)
+        check_window(window, block_size, is_causal)
+        self.window = window
+        self.rope_base = check_real("rope_base", rope_base, low=0.0, low_open=True)
         self.is_causal = is_causal
         self.backend: Backend = backend
         self.head_dim = width // num_heads
+        if window is not None and self.head_dim % 2:
+            raise ValueError(f"window needs an even head size, got {width} / {num_heads} = {self.head_dim}")
         small = self.num_key_heads * self.head_dim
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, small, bias=False)
@@ -166,10 +176,18 @@ class VQAttention(nn.Module):
             state,
             codebook,
             bias=self.relative_bias,
+            window=self.window,
+            inv_freq=self._frequencies(hidden),
             scale=1.0,
             visible=visible,
         )
         return self._joined(out, query.dtype), state
+
+    def _frequencies(self, like: Tensor) -> Tensor | None:
+        # Not a buffer, which `module.half()` would round.
+        if self.window is None:
+            return None
+        return rope_frequencies(self.head_dim, base=self.rope_base).to(like.device)
 
     def _check_decoding(self) -> None:
         if not self.is_causal:
@@ -201,6 +219,8 @@ class VQAttention(nn.Module):
             block_size=self.block_size,
             is_causal=self.is_causal,
             bias=self.relative_bias,
+            window=self.window,
+            inv_freq=self._frequencies(query),
             scale=1.0,
             grad_through_cache=True,
             key_padding_mask=key_padding_mask,
@@ -215,5 +235,5 @@ class VQAttention(nn.Module):
         """Options as they stand in `repr`."""
         return (
             f"num_heads={self.num_heads}, num_key_heads={self.num_key_heads}, block_size={self.block_size}, "
-            f"is_causal={self.is_causal}, backend={self.backend!r}"
+            f"window={self.window}, is_causal={self.is_causal}, backend={self.backend!r}"
         )
