@@ -22,7 +22,7 @@ def start(chosen, steps=6, seed=0):
     return TASK.start(seed=seed, steps=steps, options=chosen)
 
 
-ARMS = [{"attention": "rope"}, {"attention": "bias"}, {"codes": 8}, {"codes": 8, "reseed_below": 0.9}]
+ARMS = [{"attention": "rope"}, {"attention": "bias"}, {"codes": 8}, {"codes": 8, "reseed_below": 0.9, "rerope": True}]
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: "-".join(map(str, arm.values())))

@@ -30,7 +30,8 @@ class QuantizedLM:
     `attention` is "rope" (softmax with rotary positions), "vq" (`VQAttention` with `codes` codewords per head and
     blocks of `block_size`), or "bias": softmax over the keys of "vq" before they are quantized, with the same
     normalization and the same learned bias by distance within the block and the one before. "bias" and "vq" have the
-    same parameters. `reseed_below` 0 never replaces dead codewords.
+    same parameters. With `rerope`, "vq" tells distances up to a block by rotations, too (ReRoPE on quantized keys).
+    `reseed_below` 0 never replaces dead codewords.
 
     Training: `batch_size` windows of `context` + 1 bytes at random places. Test: `windows` fixed places of the held-out
     files, the same for every arm and seed.
@@ -51,6 +52,7 @@ class QuantizedLM:
             "attention": "vq",
             "codes": 32,
             "block_size": 16,
+            "rerope": False,
             "reseed_below": 0.0,
             "context": 64,
             "batch_size": 16,
@@ -169,9 +171,13 @@ class _Block(nn.Module):
             raise TrialError(f"unknown attention {kind!r}; known: {', '.join(_KINDS)}")
         self.attention_norm = nn.LayerNorm(width)
         if kind == "vq":
-            reseed_below = float(options["reseed_below"]) or None
             self.attention: nn.Module = VQAttention(
-                width, heads, int(options["codes"]), block_size=block_size, reseed_below=reseed_below
+                width,
+                heads,
+                int(options["codes"]),
+                block_size=block_size,
+                window=block_size if options["rerope"] else None,
+                reseed_below=float(options["reseed_below"]) or None,
             )
         else:
             self.attention = _ExactAttention(kind, width, heads, block_size)

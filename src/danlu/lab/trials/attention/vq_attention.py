@@ -1,14 +1,15 @@
 """Transformer-VQ against the same model without its quantizer."""
 
 from danlu.lab.tasks.quantized_lm import QuantizedLM
-from danlu.lab.trial import Arm, Budget, Comparison, Trial
+from danlu.lab.trial import Arm, Budget, Comparison, Scalar, Trial
 
 _RATES = ({"lr": 0.008}, {"lr": 0.004}, {"lr": 0.016})
 
 
-def _vq(codes: int, reseed_below: float = 0.0) -> Arm:
-    options = {"attention": "vq", "codes": codes, "reseed_below": reseed_below}
-    return Arm(options=options, grid=_RATES, method="danlu.attention.VQAttention")
+def _vq(codes: int, **options: Scalar) -> Arm:
+    return Arm(
+        options={"attention": "vq", "codes": codes, **options}, grid=_RATES, method="danlu.attention.VQAttention"
+    )
 
 
 def _better(candidate: str, baseline: str, margin: float = 0.0) -> Comparison:
@@ -18,8 +19,8 @@ def _better(candidate: str, baseline: str, margin: float = 0.0) -> Comparison:
 TRIAL = Trial(
     claim=(
         "Attention in linear time to keys quantized with 128 codewords predicts bytes as well (within 0.05 bits per "
-        "byte) as softmax attention to the same keys unquantized; 128 codewords are better than 32; and replacing dead "
-        "codewords helps."
+        "byte) as softmax attention to the same keys unquantized; 128 codewords are better than 32; replacing dead "
+        "codewords helps; and so does telling distances within a block by ReRoPE on the quantized keys."
     ),
     source="“VQ一下Key，Transformer的复杂度就变成线性了” (2023-11-09); arXiv 2309.16354",
     equation=(
@@ -33,11 +34,13 @@ TRIAL = Trial(
         "vq_32": _vq(32),
         "vq_128": _vq(128),
         "vq_128_reseeded": _vq(128, reseed_below=0.5),
+        "vq_128_rerope": _vq(128, rerope=True),
     },
     decides=(
         _better("vq_128", "softmax_bias", margin=0.05),
         _better("vq_128", "vq_32"),
         _better("vq_128_reseeded", "vq_128"),
+        _better("vq_128_rerope", "vq_128"),
     ),
     selects=("bits_per_byte", "lower"),
     sizes={
@@ -48,7 +51,7 @@ TRIAL = Trial(
             options={"width": 16, "heads": 2, "layers": 1, "context": 48, "block_size": 8, "windows": 16},
         ),
         "demo": Budget(steps=100, seeds=3, grid=1),
-        "report": Budget(steps=200, seeds=4),
+        "report": Budget(steps=200, seeds=5),
         "gpu": Budget(
             steps=3000,
             seeds=5,
@@ -66,8 +69,8 @@ TRIAL = Trial(
     notes=(
         "softmax_bias and the vq arms have the same parameters: queries and keys normalized per head, and a learned "
         "bias by distance in the token's own block of 16 and the one before. Only the keys differ. softmax_rope shows "
-        "what rotary positions are worth here, which quantized keys cannot have. Context 64, blocks of 16: most keys "
-        "of a late token are cached. A codeword is dead when fewer than 0.5 keys per step come to it, in the moving "
-        "average."
+        "what rotary positions are worth here; quantized keys can have them up to a distance: vq_128_rerope has the "
+        "bias and rotations up to 16 tokens. Context 64, blocks of 16: most keys of a late token are cached. A "
+        "codeword is dead when fewer than 0.5 keys per step come to it, in the moving average."
     ),
 )
