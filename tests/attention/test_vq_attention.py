@@ -1,5 +1,6 @@
 """Attention on quantized keys: the block form equals the dense definition, and the definition is what it says."""
 
+import itertools
 import math
 from functools import partial
 
@@ -314,6 +315,30 @@ def test_padding_equals_the_definition(is_causal, with_bias, mask, queries):
         torch.testing.assert_close(fast, dense, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("is_causal", "options"),
+    [(True, {}), (True, {"bias": True}), (True, {"window": 5}), (False, {}), (False, {"bias": True})],
+)
+@pytest.mark.parametrize("backend", ["blocks", "reference"])
+def test_packed_sequences_are_those_alone(is_causal, options, backend):
+    """Each begins a block, however long the ones before it are, and none sees another, nor its gradient."""
+    (query, key, value), codebook = tensors(50, 6, batch=1)
+    options = {**options, "block_size": 8, "is_causal": is_causal, "backend": backend}
+    if "bias" in options:
+        options["bias"] = bias_of(4, 8, is_causal)
+    borders = [0, 3, 3, 27, 50]
+    packed = torch.tensor(borders, dtype=torch.int32)
+    out = vq_attention(query, key, value, codebook, cu_seqlens=packed, **options)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    grads = torch.autograd.grad(out, (query, key, value), upstream)
+    for first, last in itertools.pairwise(borders):
+        part = [x.detach()[:, :, first:last].requires_grad_() for x in (query, key, value)]
+        alone = vq_attention(*part, codebook, **options)
+        torch.testing.assert_close(out[:, :, first:last], alone, rtol=0, atol=1e-13)
+        for mine, theirs in zip(grads, torch.autograd.grad(alone, part, upstream[:, :, first:last]), strict=True):
+            torch.testing.assert_close(mine[:, :, first:last], theirs, rtol=0, atol=1e-13)
+
+
 @causality
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_lower_precision(dtype, limit, is_causal):
@@ -488,6 +513,13 @@ def test_no_scores_are_held(is_causal, with_bias):
         ({"query": torch.zeros(2, 4, 10, 8)}, ValueError, "cannot be more of them"),
         ({"value": torch.zeros(2, 2, 9, 8).double()}, TypeError, "one dtype"),
         ({"chunk": 3}, TypeError, "chunk"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "cu_seqlens needs one sample"),
+        ({"cu_seqlens": torch.tensor([0.0, 9.0])}, TypeError, "cu_seqlens must be an int32 or int64 tensor"),
+        (
+            {"cu_seqlens": torch.tensor([0, 9]), "key_padding_mask": torch.ones(2, 9).bool()},
+            ValueError,
+            "no key_padding_mask",
+        ),
     ],
 )
 def test_bad_input(change, error, match):

@@ -154,6 +154,22 @@ def test_padding(is_causal):
     torch.testing.assert_close(results[0][0][1:, 7:], alone, rtol=0, atol=1e-12)
 
 
+def test_packed_sequences():
+    """Outputs are those of the sequences alone, and the quantizer learns from all of them as from one batch."""
+    module, x = layer(window=4, decay=0.5), hidden(batch=1)
+    copied = copy.deepcopy(module)
+    out, quantized = module(x, cu_seqlens=torch.tensor([0, 12, 37]))
+    for first, last in ((0, 12), (12, 37)):
+        alone = copy.deepcopy(copied).eval()(x[:, first:last])[0]
+        torch.testing.assert_close(out[:, first:last], alone, rtol=0, atol=1e-12)
+    whole = copied(x)[1]
+    assert torch.equal(quantized.codes, whole.codes)
+    assert torch.equal(quantized.loss, whole.loss)
+    assert torch.equal(module.quantizer.batch_sums, copied.quantizer.batch_sums)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0"):
+        module(x, cu_seqlens=torch.tensor([0, 36]))
+
+
 def test_causality_and_gradients_of_all_parameters():
     module, x = layer(), hidden().requires_grad_()
     out, quantized = module(x)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from danlu._common.checks import check_choice, check_floating, check_integer, check_real, check_same_device
 from danlu.attention._masks import (
     check_attention,
+    check_cu_seqlens,
     check_key_padding_mask,
     grouped_matmul,
     resolve_frequencies,
@@ -45,6 +46,7 @@ def vq_attention(
     scale: float | None = None,
     grad_through_cache: bool = True,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Softmax attention to the codewords of the keys: exact, in time and memory linear in the length.
@@ -83,6 +85,8 @@ def vq_attention(
         key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. Hidden slots are taken out first:
             blocks and distances count visible tokens. A query whose own slot is hidden is padding, too, and sees
             nothing.
+        cu_seqlens: int32 or int64, shape `(sequences + 1,)`, from 0 to `N`: borders of sequences that are packed one
+            behind the other in the only sample. They do not see each other, and each begins a block.
         backend: "blocks" is linear in the length; "reference" is the dense definition, which has second derivatives;
             "auto" takes the former.
 
@@ -92,7 +96,8 @@ def vq_attention(
     Raises:
         TypeError: not floating tensors of one dtype, a mask that is not bool, or options of a wrong type.
         ValueError: `block_size` < 1, shapes or devices that do not fit, an unknown `backend`, a `window` out of range
-            or without `is_causal`, or `inv_freq` without a `window`.
+            or without `is_causal`, `inv_freq` without a `window`, or `cu_seqlens` with a `key_padding_mask`, with
+            several samples, or that are no such borders.
         RuntimeError: "blocks" under `torch.func.grad`, `jvp` and their relatives, or a second derivative of it.
 
     Numerics:
@@ -106,7 +111,8 @@ def vq_attention(
         $\ell$, and up to $3\ell$ with another; $2NSD$ for the nearest codes. Memory $O(N(D + E))$ and two states of
         $\lceil N/\ell \rceil SE$ numbers per key head; never a matrix of scores. On the CPU with $E = D$ through stock
         flash kernels. No second derivative. A query that is decoded alone still costs $O(N)$ here;
-        [`VQAttention`][danlu.attention.VQAttention] keeps a state of constant size.
+        [`VQAttention`][danlu.attention.VQAttention] keeps a state of constant size. Packed sequences are taken one by
+        one, and their borders are read: a device is waited for, and a compiled graph ends there.
 
     Differences:
         The original sums values up without a gradient; here far values get theirs by default. In the forward without
@@ -125,6 +131,7 @@ def vq_attention(
         torch.Size([1, 2, 100, 8])
     """
     _check(query, key, value, codebook, block_size, is_causal, bias, window, inv_freq, scale, key_padding_mask, backend)
+    check_cu_seqlens(cu_seqlens, query, key, key_padding_mask, None)
     return attend_to_codes(
         query,
         key,
@@ -139,6 +146,7 @@ def vq_attention(
         scale=scale,
         grad_through_cache=grad_through_cache,
         key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
         backend=backend,
     )
 
@@ -158,6 +166,7 @@ def attend_to_codes(
     scale: float | None,
     grad_through_cache: bool,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     backend: Backend,
 ) -> Tensor:
     """`vq_attention` for arguments that are checked, with the codes `(B, G, N)` of the keys where they are known."""
@@ -175,6 +184,28 @@ def attend_to_codes(
         if backend != "reference":
             _refuse_transforms(query, key, value, bias)
         codes = nearest_codes(key, codebook) if codes is None else codes
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff().tolist()
+            parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value, codes)), strict=True)
+            sequences = [
+                attend_to_codes(
+                    *part[:3],
+                    codebook,
+                    part[3],
+                    block_size=block_size,
+                    is_causal=is_causal,
+                    bias=bias,
+                    window=window,
+                    inv_freq=inv_freq,
+                    scale=scale,
+                    grad_through_cache=grad_through_cache,
+                    key_padding_mask=None,
+                    cu_seqlens=None,
+                    backend=backend,
+                )
+                for part in parts
+            ]
+            return torch.cat(sequences, dim=2).to(dtype)
         quantized = straight_through(key, codebook, codes)
         far_value = value if grad_through_cache else value.detach()
         rope = None if window is None else resolve_frequencies(inv_freq, query)

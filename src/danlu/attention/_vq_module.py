@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from danlu._common.checks import check_choice, check_floating, check_integer, check_real
+from danlu.attention._masks import check_cu_seqlens
 from danlu.attention._vector_quantizer import Quantized, VectorQuantizer, nearest_codes
 from danlu.attention._vq_attention import Backend, attend_to_codes, check_window
 from danlu.attention._vq_decode import VQState, decode_step, state_after
@@ -44,9 +45,10 @@ class VQAttention(nn.Module):
         backend: as in [`vq_attention`][danlu.attention.vq_attention].
 
     Returns:
-        From `forward(hidden, key_padding_mask=None)` with `hidden` `(B, N, C)`: the output `(B, N, C)`, and the
-        quantizer's [`Quantized`][danlu.attention.Quantized], whose `loss` belongs into the training loss. Padding gets
-        the output 0.
+        From `forward(hidden, key_padding_mask=None, *, cu_seqlens=None)` with `hidden` `(B, N, C)`: the output
+        `(B, N, C)`, and the quantizer's [`Quantized`][danlu.attention.Quantized], whose `loss` belongs into the
+        training loss. Padding gets the output 0. `cu_seqlens` are the borders of packed sequences, as in
+        `vq_attention`; the quantizer learns from all of them.
 
         `prefill(hidden, key_padding_mask=None)` returns the output and the [`VQState`][danlu.attention.VQState] behind
         it; `step(hidden, state, visible=None)` with `hidden` `(B, 1, C)` the output of one more token and the new
@@ -137,11 +139,14 @@ class VQAttention(nn.Module):
             reseed_below=reseed_below,
         )
 
-    def forward(self, hidden: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Quantized]:
+    def forward(
+        self, hidden: Tensor, key_padding_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Quantized]:
         """Return the output and what the quantizer says."""
         query, key, value = self._project(hidden)
+        check_cu_seqlens(cu_seqlens, query, key, key_padding_mask, None)
         quantized = self.quantizer(key, key_padding_mask)
-        return self._attend(query, key, value, quantized.codes, key_padding_mask), quantized
+        return self._attend(query, key, value, quantized.codes, key_padding_mask, cu_seqlens), quantized
 
     @torch.no_grad()
     def prefill(self, hidden: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, VQState]:
@@ -208,7 +213,13 @@ class VQAttention(nn.Module):
         return (wide * self.head_dim**-0.25).to(x.dtype)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, codes: Tensor, key_padding_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        codes: Tensor,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         out = attend_to_codes(
             query,
@@ -224,6 +235,7 @@ class VQAttention(nn.Module):
             scale=1.0,
             grad_through_cache=True,
             key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
         return self._joined(out, query.dtype)
