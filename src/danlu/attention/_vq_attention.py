@@ -189,9 +189,11 @@ def attend_to_codes(
             parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value, codes)), strict=True)
             sequences = [
                 attend_to_codes(
-                    *part[:3],
+                    query_part,
+                    key_part,
+                    value_part,
                     codebook,
-                    part[3],
+                    codes_part,
                     block_size=block_size,
                     is_causal=is_causal,
                     bias=bias,
@@ -203,7 +205,7 @@ def attend_to_codes(
                     cu_seqlens=None,
                     backend=backend,
                 )
-                for part in parts
+                for query_part, key_part, value_part, codes_part in parts
             ]
             return torch.cat(sequences, dim=2).to(dtype)
         quantized = straight_through(key, codebook, codes)

@@ -43,10 +43,11 @@ def in_blocks(
     blocks = -(-keys // size)
     before, behind = (keys - rows) % size, blocks * size - keys
     # Where they have a block each, queries begin within the block of their first one.
-    query = F.pad(query, (0, 0, before, behind)).unflatten(2, (-1, size))
-    key, value, far_value = (F.pad(x, (0, 0, 0, behind)).unflatten(2, (blocks, size)) for x in (key, value, far_value))
-    codes = F.pad(codes, (0, behind)).unflatten(2, (blocks, size))
-    weights = F.pad(weights, (0, behind)).unflatten(2, (blocks, size))
+    query = _padded(query, before, behind).unflatten(2, (-1, size))
+    shared = far_value is value
+    key, value = (_padded(x, 0, behind).unflatten(2, (blocks, size)) for x in (key, value))
+    far_value = value if shared else _padded(far_value, 0, behind).unflatten(2, (blocks, size))
+    codes, weights = (F.pad(x, (0, behind)).unflatten(2, (blocks, size)) for x in (codes, weights))
     by_distance = bias is not None or inv_freq is not None
     if is_causal:
         # Hidden tokens are behind all others, which do not see them.
@@ -77,6 +78,11 @@ def in_blocks(
         scale=scale,
     )
     return out.flatten(2, 3)[:, :, before : before + rows]
+
+
+def _padded(tensor: Tensor, before: int, behind: int) -> Tensor:
+    """With zeros around its tokens; as it is where there are none, since padding always copies."""
+    return F.pad(tensor, (0, 0, before, behind)) if before or behind else tensor.contiguous()
 
 
 def reorder(tensor: Tensor, order: Tensor) -> Tensor:
