@@ -3,7 +3,7 @@
 from danlu.lab.tasks.quantized_lm import QuantizedLM
 from danlu.lab.trial import Arm, Budget, Comparison, Scalar, Trial
 
-_RATES = ({"lr": 0.008}, {"lr": 0.004}, {"lr": 0.016})
+_RATES = ({"lr": 0.008}, {"lr": 0.004}, {"lr": 0.016}, {"lr": 0.002}, {"lr": 0.032})
 
 
 def _vq(codes: int, **options: Scalar) -> Arm:
@@ -51,7 +51,7 @@ TRIAL = Trial(
             options={"width": 16, "heads": 2, "layers": 1, "context": 48, "block_size": 8, "windows": 16},
         ),
         "demo": Budget(steps=100, seeds=3, grid=1),
-        "report": Budget(steps=200, seeds=5),
+        "report": Budget(steps=160, seeds=5),
         "gpu": Budget(
             steps=3000,
             seeds=5,
