@@ -313,6 +313,33 @@ def test_a_step_compiles_once_for_all_lengths():
     torch.testing.assert_close(torch.cat(outs, 2), module(*inputs)[:, :, 1:], rtol=1e-4, atol=1e-5)
 
 
+@backends
+@causality
+@rotations
+def test_packed_sequences_equal_those_alone(options, is_causal, rotation):
+    """Also one of a single token, and one without any."""
+    inputs = [x.requires_grad_() for x in tensors(batch=1, queries=17, keys=17)]
+    borders = torch.tensor([0, 6, 6, 7, 17], dtype=torch.int32)
+    out = linear_attention(*inputs, is_causal=is_causal, cu_seqlens=borders, **rotation, **options)
+    for low, high in ((0, 6), (6, 7), (7, 17)):
+        alone = linear_attention(*(x[:, :, low:high] for x in inputs), is_causal=is_causal, **rotation, **options)
+        torch.testing.assert_close(out[:, :, low:high], alone, rtol=1e-13, atol=1e-13)
+    # The first sequence has no part in the others.
+    assert all((x[:, :, :6] == 0).all() for x in torch.autograd.grad(out[:, :, 6:].sum(), inputs))
+
+
+def test_modules_divide_packed_sequences_by_their_own_largest_feature():
+    module = LinearAttention("exp")
+    query, key, value = (x.float() for x in tensors(batch=1, queries=9, keys=9))
+    key = key + torch.cat((torch.zeros(5), torch.full((4,), 900.0)))[:, None]
+    out = module(query, key, value, cu_seqlens=torch.tensor([0, 5, 9]))
+    torch.testing.assert_close(out[:, :, :5], module(*(x[:, :, :5] for x in (query, key, value))))
+    # The limit of reading at once: earlier keys that are e^900 times as small as a later one count as 0.
+    assert (module(query, key, value)[:, :, :5] == 0).all()
+    with pytest.raises(ValueError, match="cu_seqlens needs one sample"):
+        module(*tensors(), cu_seqlens=torch.tensor([0, 9]))
+
+
 def test_nan_of_visible_keys_is_not_hidden():
     query, key, value = tensors()
     key[0, 0, 3, 0] = float("nan")
@@ -391,6 +418,8 @@ def test_module_equals_function():
         ({"value": torch.ones(2, 2, 9, 5).long()}, TypeError, "value must be a floating-point tensor"),
         ({"key_padding_mask": torch.ones(2, 9)}, TypeError, "key_padding_mask must be a bool tensor"),
         ({"key_padding_mask": torch.ones(2, 8).bool()}, ValueError, r"must have shape \(B, N\) = \(2, 9\)"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "cu_seqlens needs one sample"),
+        ({"cu_seqlens": torch.tensor([0.0, 9])}, TypeError, "cu_seqlens must be an int32 or int64 tensor"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
         ({"chunk_size": 2.0}, TypeError, "chunk_size must be an int"),
         ({"eps": -1.0}, ValueError, r"eps must be in \[0, inf\)"),

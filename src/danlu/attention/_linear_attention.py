@@ -8,6 +8,7 @@ Shape letters: `B` batch; `H` query heads; `H_kv` key heads, dividing `H`; `N` k
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from danlu._common.checks import (
 )
 from danlu.attention._feature_maps import FeatureMap, as_feature_map
 from danlu.attention._linear_chunks import causal_sums, reciprocal
-from danlu.attention._masks import check_attention, check_key_padding_mask, grouped_matmul
+from danlu.attention._masks import check_attention, check_cu_seqlens, check_key_padding_mask, grouped_matmul
 from danlu.positions import apply_rope, rope_frequencies
 
 __all__ = ["LinearAttention", "LinearAttentionState", "linear_attention", "linear_attention_step"]
@@ -43,6 +44,7 @@ def linear_attention(
     inv_freq: Tensor | None = None,
     interleaved: bool = False,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Attention whose weights are products of features, in time and memory linear in the length.
@@ -69,6 +71,8 @@ def linear_attention(
         interleaved: rotate neighboring features instead of halves.
         key_padding_mask: bool, shape `(B, N)`, True = visible; None means all are. A query whose own slot is hidden
             is padding, too, and sees nothing.
+        cu_seqlens: int32 or int64, shape `(sequences + 1,)`, from 0 to `N`: borders of sequences that are packed one
+            after the other into the only sample; a query sees keys of its own sequence. None means one sequence.
         backend: "reference" is the dense definition; "chunked" never holds more than the products of some chunks;
             "auto" takes the former for causal attention over at most `chunk_size` keys, which it serves as one chunk.
 
@@ -78,8 +82,9 @@ def linear_attention(
 
     Raises:
         TypeError: not floating tensors of one dtype, a mask that is not bool, or options of a wrong type.
-        ValueError: negative features while `normalize`, shapes or devices that do not fit, `chunk_size` < 1,
-            `eps` < 0, `eps` without `normalize`, `interleaved` without `inv_freq`, or an unknown `backend`.
+        ValueError: negative features while `normalize`, shapes or devices that do not fit, `cu_seqlens` with a
+            `key_padding_mask`, `chunk_size` < 1, `eps` < 0, `eps` without `normalize`, `interleaved` without
+            `inv_freq`, or an unknown `backend`.
 
     Numerics:
         Half inputs are computed in float32, chunk by chunk, and rounded once; the running sum is float32 or float64.
@@ -91,7 +96,8 @@ def linear_attention(
         Causal, in chunks: time $O(L\,C\,(F + E) + L\,F\,E)$ and memory of the order of inputs and output, forward and
         backward, as products are computed again; the backward pass has no second derivative. Faster than causal
         `scaled_dot_product_attention` from about a thousand tokens on (`benchmarks/attention`). Bidirectional:
-        $O(L\,F\,E)$ time, two matrix products. The dense definition has $O(BHMN)$ memory.
+        $O(L\,F\,E)$ time, two matrix products. The dense definition has $O(BHMN)$ memory. Packed sequences are computed
+        one after the other; their borders are read on the host, so a compiler breaks its graph there.
 
     Differences:
         Where the sum of the weights is 0 the paper's code adds `eps`, which changes every other row as well; here such
@@ -110,9 +116,22 @@ def linear_attention(
     """
     check_attention(query, key, value, None)
     check_key_padding_mask(key_padding_mask, key)
+    check_cu_seqlens(cu_seqlens, query, key, key_padding_mask, None)
     check_integer("chunk_size", chunk_size, low=1)
     check_choice("backend", backend, ("auto", "chunked", "reference"))
     _check_options(eps, normalize, inv_freq, interleaved, query)
+    if cu_seqlens is not None:
+        one = partial(
+            linear_attention,
+            is_causal=is_causal,
+            chunk_size=chunk_size,
+            eps=eps,
+            normalize=normalize,
+            inv_freq=inv_freq,
+            interleaved=interleaved,
+            backend=backend,
+        )
+        return _one_by_one(one, query, key, value, cu_seqlens)
     query, key, value = _without_padding(query, key, value, key_padding_mask)
     if normalize:
         _check_features(query=query, key=key)
@@ -246,6 +265,15 @@ def linear_attention_step(
         state = LinearAttentionState(state.key_value * old, state.key_sum * old[..., 0], log_scale, state.length)
         key = key * new.to(key.dtype)
     return _advanced(query, key, value, state, chunk_size, eps, normalize, inv_freq, interleaved)
+
+
+def _one_by_one(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    """Attention within every sequence of a packed sample."""
+    lengths = cu_seqlens.diff().tolist()
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([attention(*part) for part in parts], dim=2)
 
 
 def _check_options(eps: float, normalize: bool, inv_freq: Tensor | None, interleaved: bool, query: Tensor) -> None:
@@ -440,8 +468,8 @@ class LinearAttention(nn.Module):
         backend: as in the function.
 
     Returns:
-        From `forward(query, key, value, key_padding_mask=None)`: the output, shape `(B, H, M, E)`. From
-        `step(query, key, value, state=None, key_padding_mask=None)`: the output of new tokens, and the state.
+        From `forward(query, key, value, key_padding_mask=None, *, cu_seqlens=None)`: the output, shape `(B, H, M, E)`.
+        From `step(query, key, value, state=None, key_padding_mask=None)`: the output of new tokens, and the state.
 
     Raises:
         TypeError: an option is not of its type.
@@ -449,7 +477,9 @@ class LinearAttention(nn.Module):
             module that is not causal.
 
     Numerics:
-        As in the functions. Decoding carries the largest feature so far and rescales the state when it rises.
+        As in the functions. Decoding carries the largest feature so far and rescales the state when it rises. Reading
+        a text at once divides keys by the largest of all of it: in float32 keys of exponential features ("exp",
+        FAVOR+) count as 0 that are smaller by a factor of $e^{104}$, also than a later one.
 
     Source:
         As in the functions.
@@ -489,8 +519,21 @@ class LinearAttention(nn.Module):
         if not normalize and getattr(self.features, "stabilize", False):
             raise ValueError("normalize=False keeps the factors that features with stabilize=True divide out")
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Return the attention output."""
+        if cu_seqlens is not None:
+            check_attention(query, key, value, None)
+            check_cu_seqlens(cu_seqlens, query, key, key_padding_mask, None)
+            # Features of a sequence are divided by their own largest, not by that of another one.
+            return _one_by_one(self, query, key, value, cu_seqlens)
         query, key = self.features(query, key, key_padding_mask)
         return linear_attention(
             query,
