@@ -112,7 +112,9 @@ def as_feature_map(features: "str | Callable[[Tensor], Tensor] | FeatureMap") ->
 
 def elu1(input: Tensor) -> Tensor:
     """The function elu + 1, which keeps small values where elu(x) + 1 would round them to 0."""
-    return input.clamp(max=0).exp() + F.relu(input)
+    above = F.relu(input)
+    # Rather than of a clamp, whose gradient costs more than all the rest.
+    return (input - above).exp_() + above
 
 
 class ElementwiseFeatures(nn.Module):
@@ -133,14 +135,15 @@ class ElementwiseFeatures(nn.Module):
     def query_features(self, query: Tensor) -> Tensor:
         """Features of queries `(B, H, M, D)`."""
         if self.stabilize:
-            return exp_of_rows(wide(query), stabilize=True).to(query.dtype)
+            return exp_of_rows(wide(query).clone()).to(query.dtype)
         return self.function(wide(query)).to(query.dtype)
 
     def key_features(self, key: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features of keys `(B, H_kv, N, D)`, and the logarithm of what they are divided by."""
         seen = shown(key, key_padding_mask)
         if self.stabilize:
-            features, log_scale = exp_of_keys(seen, key_padding_mask, stabilize=True)
+            none = seen.new_zeros(*seen.shape[:-1], 1)
+            features, log_scale = exp_of_keys(seen.clone(), none, key_padding_mask, stabilize=True)
             return features.to(key.dtype), log_scale
         return self.function(seen).to(key.dtype), None
 
@@ -244,12 +247,17 @@ class FavorFeatures(nn.Module):
 
     def query_features(self, query: Tensor) -> Tensor:
         """Features of queries `(B, H, M, D)`."""
-        return exp_of_rows(self._logits(wide(query)), stabilize=self.stabilize).to(query.dtype)
+        x = wide(query)
+        logits = self._logits(x)
+        # Divided by the largest of a row, a factor of the row is gone.
+        features = exp_of_rows(logits) if self.stabilize else logits.sub_(self._norms(x)).exp_()
+        return features.to(query.dtype)
 
     def key_features(self, key: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features of keys `(B, H_kv, N, D)`, and the logarithm of what they are divided by."""
-        logits = self._logits(shown(key, key_padding_mask))
-        features, log_scale = exp_of_keys(logits, key_padding_mask, stabilize=self.stabilize)
+        x = shown(key, key_padding_mask)
+        logits = self._logits(x)
+        features, log_scale = exp_of_keys(logits, -self._norms(x), key_padding_mask, stabilize=self.stabilize)
         return features.to(key.dtype), log_scale
 
     def forward(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -262,9 +270,10 @@ class FavorFeatures(nn.Module):
         if x.shape[-1] != self.dim:
             raise ValueError(f"the head size must be dim = {self.dim}, got {tuple(x.shape)}")
         with torch.autocast(device_type=x.device.type, enabled=False):
-            x = x * self.scale**0.5
-            norms = x.square().sum(-1, keepdim=True) / 2 + math.log(self.num_features) / 2
-            return x @ self.projection.to(x.dtype).T - norms
+            return x @ (self.projection.to(x.dtype) * self.scale**0.5).T
+
+    def _norms(self, x: Tensor) -> Tensor:
+        return x.square().sum(-1, keepdim=True) * (self.scale / 2) + math.log(self.num_features) / 2
 
     def extra_repr(self) -> str:
         """Options as they stand in `repr`."""
@@ -337,8 +346,8 @@ class SoftVQFeatures(nn.Module):
         """Features of queries `(B, H, M, D)`."""
         x = wide(query)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            logits = x @ self._codes(x).mT * self.scale
-        return exp_of_rows(logits, stabilize=True).to(query.dtype)
+            logits = x @ (self._codes(x) * self.scale).mT
+        return exp_of_rows(logits).to(query.dtype)
 
     def key_features(self, key: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Features of keys `(B, H_kv, N, D)`; nothing is divided out of them."""
@@ -346,8 +355,9 @@ class SoftVQFeatures(nn.Module):
         with torch.autocast(device_type=x.device.type, enabled=False):
             codes = self._codes(x)
             # Minus half the squared distance, but for the part of the key alone, which a softmax does not see.
-            nearness = x @ codes.mT - codes.square().sum(-1)[..., None, :] / 2
-            return torch.softmax(nearness / self.sigma**2, dim=-1).to(key.dtype), None
+            sharp = codes / self.sigma**2
+            nearness = (x @ sharp.mT).sub_((sharp * codes).sum(-1)[..., None, :] / 2)
+            return torch.softmax(nearness, dim=-1).to(key.dtype), None
 
     def forward(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features of both."""
@@ -401,19 +411,23 @@ def shown(key: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return without_padding(wide(key), key_padding_mask)
 
 
-def exp_of_rows(logits: Tensor, *, stabilize: bool) -> Tensor:
-    """Exponentials, divided by the largest of each row."""
-    return (logits - logits.detach().amax(-1, keepdim=True) if stabilize else logits).exp()
+def exp_of_rows(logits: Tensor) -> Tensor:
+    """Exponentials, divided by the largest of each row; in place, as every pass over features costs much."""
+    return logits.sub_(logits.detach().amax(-1, keepdim=True)).exp_()
 
 
-def exp_of_keys(logits: Tensor, key_padding_mask: Tensor | None, *, stabilize: bool) -> tuple[Tensor, Tensor | None]:
-    """Exponentials, 0 for hidden keys, divided by the largest of a head; and the logarithm of that."""
+def exp_of_keys(
+    logits: Tensor, shift: Tensor, key_padding_mask: Tensor | None, *, stabilize: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Exponentials of `logits + shift`, 0 for hidden keys, divided by the largest of a head; and the logarithm of that.
+
+    In place of the logits; `shift` is a number for each key.
+    """
     if key_padding_mask is not None:
-        # Outside of the exponential, whose gradient would be 0 times infinity.
-        logits = logits.masked_fill(~key_padding_mask[:, None, :, None], -math.inf)
+        shift = shift.masked_fill(~key_padding_mask[:, None, :, None], -math.inf)
     if not stabilize:
-        return logits.exp(), None
+        return logits.add_(shift).exp_(), None
     if logits.numel() == 0:
         return logits.exp(), logits.new_full((*logits.shape[:2], 1, 1), -math.inf)
-    log_scale = logits.detach().amax((-2, -1), keepdim=True)
-    return (logits - log_scale.masked_fill(log_scale == -math.inf, 0.0)).exp(), log_scale
+    log_scale = (logits.detach().amax(-1, keepdim=True) + shift.detach()).amax(-2, keepdim=True)
+    return logits.add_(shift - log_scale.masked_fill(log_scale == -math.inf, 0.0)).exp_(), log_scale
