@@ -1,16 +1,26 @@
-"""Causal linear attention beside causal `scaled_dot_product_attention`: time and memory against the length.
+"""Linear attention beside `scaled_dot_product_attention` and performer-pytorch: time, memory, growth to 65536 tokens.
 
-8 heads of 64 channels, one thread, interleaved in one process. Ours start from queries and keys, so the feature maps
-are part of the time. The floor is the work that no order of summation avoids: every token adds its key's features times
-its value to the state and reads the state once, 4 F (E + 1) flops per head forward and three times that with the
-backward pass, at the rate of a large matrix product on this machine. performer-pytorch is measured beside ours if it is
-installed (`pip install performer-pytorch==1.1.4`), up to 4096 tokens: without its CUDA extension it holds all states of
-a chunk. Then lengths that only linear attention reaches, and the peak of the memory, each in a fresh process. Times
-over lengths are drawn to `results/linear_attention.svg`.
+8 heads of 64 channels, float32, one thread, interleaved in one process. Ours start from queries and keys, so the
+feature maps are part of the time. The floor of the time is the larger of two: the flops of the products that no order
+of summation avoids, at the rate of a large matrix product on this machine, and the bytes of inputs, output and
+gradients, at the rate of a copy. A token of linear attention adds its key's features times its value to the state and
+reads the state; backward, it does so for three gradients; random features and codes are products with a matrix. SDPA
+scores half of the pairs. `over_floor` is the time over the floor.
+
+performer-pytorch is measured if it can be imported (`pip install performer-pytorch==1.1.4`). Its causal attention wants
+CUDA code of another package, and without it falls back to a form that holds the state of every token: `L F E` numbers
+a head, 2 GB in all at 4096 tokens, and more of them backward. So it is measured up to 2048 tokens, and to both sides,
+where it needs no such code, beside ours to both sides.
+
+The target is: forward and backward of elu + 1 faster than SDPA from 1024 tokens on, and linear growth to 65536. Times
+over lengths are drawn beside the JSON with vl-convert of the extra `lab`. Peaks of the memory are of fresh processes.
+
+With the argument "quick", few rounds and lengths, and nothing is saved.
 """
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,15 +35,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from _measure import RESULTS, PeakMemory, in_fresh_process, interleave, run_tests, save, show, summary
-from danlu.attention import FavorFeatures, LinearAttention
+from danlu.attention import FavorFeatures, LinearAttention, SoftVQFeatures
 
 HEADS, DIM, FEATURES = 8, 64, 256
+SDPA, ELU, ROTATED = "torch SDPA, causal", "danlu elu + 1", "danlu elu + 1, rotated"
+FAVOR, SOFT, PEER = "danlu FAVOR+, m = 256", "danlu soft VQ, 256 codes", "performer-pytorch, m = 256"
+BOTH_SIDES = ("torch SDPA, both sides", "danlu FAVOR+, both sides", "performer-pytorch, both sides")
 LENGTHS = [1024, 2048, 4096, 8192, 16384]
-ONLY_LINEAR = [16384, 32768, 65536]
-MEMORY_LENGTHS = [2048, 8192, 32768]
-SDPA = "torch SDPA, causal"
-PEER = "performer-pytorch, m = 256"
-PEER_UP_TO = 4096
+# Here SDPA is too slow to wait for, or to compare with.
+ONLY_LINEAR = [32768, 65536]
+PEER_UP_TO = 2048
+LENGTHS_OF_BOTH_SIDES = [1024, 4096]
+MEMORY_UP_TO = {SDPA: 16384, PEER: PEER_UP_TO}
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -43,21 +56,74 @@ def tensors(length: int) -> list[Tensor]:
     return [torch.randn(1, HEADS, length, DIM, generator=generator).requires_grad_() for _ in range(3)]
 
 
-def candidates() -> dict[str, Attention]:
-    favor = FavorFeatures(DIM, FEATURES, generator=torch.Generator().manual_seed(0))
-    found: dict[str, Attention] = {
-        SDPA: partial(F.scaled_dot_product_attention, is_causal=True),
-        "danlu elu + 1": LinearAttention("elu1"),
-        "danlu elu + 1, rotated": LinearAttention("elu1", rope_base=10000.0),
-        "danlu FAVOR+, m = 256": LinearAttention(favor),
-    }
+def peer(*, causal: bool) -> Attention | None:
+    """The attention of performer-pytorch, if that is there."""
     if importlib.util.find_spec("performer_pytorch") is None:
-        print("performer-pytorch is not installed and left out; pip install performer-pytorch==1.1.4")
-    else:
-        from performer_pytorch import FastAttention
+        return None
+    from performer_pytorch import FastAttention
 
-        found[PEER] = FastAttention(DIM, FEATURES, causal=True)
-    return found
+    return FastAttention(DIM, FEATURES, causal=causal)
+
+
+def candidates() -> dict[str, Attention]:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.nn.Parameter(torch.randn(HEADS, FEATURES, DIM, generator=generator))
+    found: dict[str, Attention | None] = {
+        SDPA: partial(F.scaled_dot_product_attention, is_causal=True),
+        ELU: LinearAttention("elu1"),
+        ROTATED: LinearAttention("elu1", rope_base=10000.0),
+        FAVOR: LinearAttention(FavorFeatures(DIM, FEATURES, generator=generator)),
+        SOFT: LinearAttention(SoftVQFeatures(codes, sigma=4.0)),
+        PEER: peer(causal=True),
+    }
+    return {name: attention for name, attention in found.items() if attention is not None}
+
+
+def both_sides() -> dict[str, Attention]:
+    favor = FavorFeatures(DIM, FEATURES, generator=torch.Generator().manual_seed(0))
+    found: list[Attention | None] = [
+        F.scaled_dot_product_attention,
+        LinearAttention(favor, is_causal=False),
+        peer(causal=False),
+    ]
+    return {name: one for name, one in zip(BOTH_SIDES, found, strict=True) if one is not None}
+
+
+def flops(name: str, length: int, backward: bool) -> float:
+    """Of the products that the definition needs."""
+    if "SDPA" in name:
+        pairs = length**2 / (2 if name == SDPA else 1)
+        # Backward: the scores again, and four products.
+        return 4 * DIM * HEADS * pairs * (3.5 if backward else 1.0)
+    features = DIM if name in (ELU, ROTATED) else FEATURES
+    projected = 0 if name in (ELU, ROTATED) else 4 * DIM * features
+    # A projection that is not trained has one product backward, codes have two.
+    share = 1.0 if not backward else 3.0 if name == SOFT else 2.0
+    return length * HEADS * (4 * features * (DIM + 1) * (3 if backward else 1) + projected * share)
+
+
+def traffic(length: int, backward: bool) -> float:
+    """Bytes: queries, keys, values and output; backward, all of them again, with the gradients of all of them."""
+    return 4 * length * HEADS * DIM * (4 + (8 if backward else 0))
+
+
+def rates() -> dict[str, float]:
+    """Flops and bytes per second of a large matrix product and of a copy, best of several."""
+    left, right = torch.randn(2, 1024, 1024)
+    source, target = torch.randn(2, 2**24)
+
+    def best(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return {
+        "flops": 2 * 1024**3 / best(lambda: left @ right),
+        "bytes": 2 * 4 * 2**24 / best(lambda: target.copy_(source)),
+    }
 
 
 def forward(attention: Attention, inputs: list[Tensor]) -> Callable[[], object]:
@@ -69,109 +135,153 @@ def forward(attention: Attention, inputs: list[Tensor]) -> Callable[[], object]:
 
 
 def both(attention: Attention, inputs: list[Tensor]) -> Callable[[], object]:
-    def run() -> object:
-        return torch.autograd.grad(attention(*inputs).sum(), inputs)
+    def run() -> None:
+        for x in inputs:
+            x.grad = None
+        # Of all leaves, also of codes.
+        attention(*inputs).sum().backward()
 
     return run
 
 
-def flops_per_second() -> float:
-    """Of a matrix product of 1024 rows and columns."""
-    x = torch.randn(1024, 1024)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        x @ x
-        times.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(times)
-
-
-def floor_seconds(name: str, length: int, passes: int, rate: float) -> float:
-    """Of the state's sums; of the products of causal softmax attention for SDPA."""
-    if name == SDPA:
-        # Backward: five products where forward has two.
-        return (1.0 if passes == 1 else 3.5) * 2 * length**2 * HEADS * DIM / rate
-    features = FEATURES if "256" in name else DIM
-    return passes * 4 * length * HEADS * features * (DIM + 1) / rate
+def measured(
+    attentions: dict[str, Attention], length: int, backward: bool, reference: str, rate: dict[str, float], rounds: int
+) -> dict[str, dict[str, float]]:
+    """A row for every attention."""
+    make, inputs = both if backward else forward, tensors(length)
+    runs = {name: make(attention, inputs) for name, attention in attentions.items()}
+    rows = summary(interleave(runs, rounds=rounds, warmup=1), reference)
+    for name, row in rows.items():
+        row["gflop"] = flops(name, length, backward) / 1e9
+        row["mbyte"] = traffic(length, backward) / 1e6
+        row["floor_ms"] = max(row["gflop"] * 1e12 / rate["flops"], row["mbyte"] * 1e9 / rate["bytes"])
+        row["over_floor"] = row["median_ms"] / row["floor_ms"]
+    return rows
 
 
 def peak(name: str, length: int) -> None:
     """Run in a fresh process: elements held at the peak of forward and backward, in units of L H d."""
     torch.set_num_threads(1)
-    attention, inputs, small = candidates()[name], tensors(length), tensors(300)
-    torch.autograd.grad(attention(*small).sum(), small)
+    attention, inputs = candidates()[name], tensors(length)
+    both(attention, tensors(300))()
     with PeakMemory() as memory:
-        torch.autograd.grad(attention(*inputs).sum(), inputs)
+        both(attention, inputs)()
     print(json.dumps({"units": memory.extra / (4 * length * HEADS * DIM)}))
 
 
-def draw(points: list[dict[str, object]]) -> None:
+def draw(growth: dict[str, dict[str, float]], path: Path) -> None:
     """Time of forward and backward over the length, both on logarithmic axes."""
-    if importlib.util.find_spec("vl_convert") is None:
-        print("vl-convert-python is not installed: no plot")
-        return
     import vl_convert
 
-    axis = {"type": "quantitative", "scale": {"type": "log"}}
+    rows = [
+        {"attention": name, "length": int(length), "ms": ms}
+        for name, line in growth.items()
+        for length, ms in line.items()
+    ]
+    axis = {"grid": True, "format": "~s"}
+    named = {"field": "attention", "type": "nominal", "sort": list(growth)}
     spec = {
-        "width": 620,
-        "height": 340,
-        "padding": 12,
-        "background": "white",
-        "data": {"values": points},
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "data": {"values": rows},
+        "width": 520,
+        "height": 320,
+        "background": "#ffffff",
         "mark": {"type": "line", "point": True},
         "encoding": {
-            "x": {**axis, "field": "length", "title": "tokens", "axis": {"values": LENGTHS + ONLY_LINEAR[1:]}},
-            "y": {**axis, "field": "ms", "title": "forward and backward, ms (one thread)"},
-            "color": {"field": "attention", "type": "nominal", "title": None, "sort": None},
-            "shape": {"field": "attention", "type": "nominal", "title": None, "sort": None},
+            "x": {
+                "field": "length",
+                "type": "quantitative",
+                "scale": {"type": "log", "base": 2, "domain": [LENGTHS[0], ONLY_LINEAR[-1]]},
+                "axis": axis,
+                "title": "tokens",
+            },
+            "y": {
+                "field": "ms",
+                "type": "quantitative",
+                "scale": {"type": "log"},
+                "axis": axis,
+                "title": "forward and backward, milliseconds, one CPU thread",
+            },
+            "color": {**named, "title": None},
+            "strokeDash": {**named, "legend": None},
         },
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "linear_attention.svg").write_text(vl_convert.vegalite_to_svg(spec))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(vl_convert.vegalite_to_svg(spec))
 
 
-def main() -> None:
-    run_tests("tests/attention/test_linear_chunks.py", "tests/attention/test_linear_attention.py")
+def targets(times: dict[str, dict[str, dict[str, float]]], growth: dict[str, dict[str, float]]) -> dict[str, object]:
+    """What was to be reached, and what was."""
+    found: dict[str, object] = {}
+    for title, rows in times.items():
+        if title.startswith("forward and backward"):
+            found[f"{ELU}, {title}"] = {"ratio": rows[ELU]["ratio"], "limit": 1.0, "met": rows[ELU]["ratio"] < 1}
+    for name in (ELU, ROTATED, FAVOR, SOFT):
+        # 1 is linear growth.
+        low, high = min(map(int, growth[name])), max(map(int, growth[name]))
+        per_token = growth[name][str(high)] / high * low / growth[name][str(low)]
+        found[f"{name}: time per token at {high} over {low}"] = {"ratio": per_token}
+    return found
+
+
+def main(quick: bool) -> None:
+    if not quick:
+        run_tests("tests/attention/test_linear_chunks.py", "tests/attention/test_linear_attention.py")
     torch.set_num_threads(1)
-    found, rate = candidates(), flops_per_second()
-    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s")
-    content: dict[str, object] = {"flops_per_second": rate}
-    points: list[dict[str, object]] = []
-    for length in LENGTHS:
-        inputs = tensors(length)
-        some = {name: one for name, one in found.items() if name != PEER or length <= PEER_UP_TO}
-        for title, make, passes in (("forward", forward, 1), ("forward and backward", both, 3)):
-            runs = {name: make(attention, inputs) for name, attention in some.items()}
-            rows = summary(interleave(runs, rounds=7 if length <= 4096 else 3, warmup=1), SDPA)
-            for name, row in rows.items():
-                row["over_floor"] = row["median_ms"] / (1e3 * floor_seconds(name, length, passes, rate))
+    attentions, sides, rate = candidates(), both_sides(), rates()
+    if PEER not in attentions:
+        print("performer-pytorch is not installed and left out; pip install performer-pytorch==1.1.4")
+    print(f"{rate['flops'] / 1e9:.0f} GFLOP/s of a matrix product, {rate['bytes'] / 1e9:.1f} GB/s of a copy")
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    growth: dict[str, dict[str, float]] = {name: {} for name in attentions}
+    for length in [1024, 4096] if quick else LENGTHS:
+        some = {name: one for name, one in attentions.items() if name != PEER or length <= PEER_UP_TO}
+        for title, backward in (("forward", False), ("forward and backward", True)):
+            rounds = 2 if quick else 3 if backward and length > 8192 else 7
+            rows = measured(some, length, backward, SDPA, rate, rounds)
             show(f"{title}, {length} tokens, ratio to SDPA", rows)
-            content[f"{title} {length}"] = rows
-        points += [{"attention": name, "length": length, "ms": row["median_ms"]} for name, row in rows.items()]
-    linear = {name: one for name, one in found.items() if name not in (SDPA, PEER)}
-    growth: dict[str, dict[str, float]] = {name: {} for name in linear}
-    for length in ONLY_LINEAR:
-        inputs = tensors(length)
-        runs = {name: both(attention, inputs) for name, attention in linear.items()}
-        for name, row in summary(interleave(runs, rounds=3, warmup=1), "danlu elu + 1").items():
-            growth[name][f"us per token, L={length}"] = 1e3 * row["median_ms"] / length
-            if length > LENGTHS[-1]:
-                points.append({"attention": name, "length": length, "ms": row["median_ms"]})
-    show("forward and backward per token: constant if the growth is linear", growth)
-    memory = {
-        name: {f"L={n}": in_fresh_process(__file__, "peak", name, str(n))["units"] for n in MEMORY_LENGTHS}
-        for name in found
-        if name != PEER
-    }
+            times[f"{title} {length}"] = rows
+        for name, row in rows.items():
+            growth[name][str(length)] = row["median_ms"]
+    linear = {name: one for name, one in attentions.items() if name not in (SDPA, PEER)}
+    for length in [] if quick else ONLY_LINEAR:
+        rows = measured(linear, length, True, ELU, rate, 3)
+        show(f"forward and backward, {length} tokens, ratio to elu + 1", rows)
+        times[f"without SDPA {length}"] = rows
+        for name, row in rows.items():
+            growth[name][str(length)] = row["median_ms"]
+    for length in LENGTHS_OF_BOTH_SIDES[:1] if quick else LENGTHS_OF_BOTH_SIDES:
+        for title, backward in (("forward", False), ("forward and backward", True)):
+            rows = measured(sides, length, backward, next(iter(sides)), rate, 2 if quick else 7)
+            show(f"to both sides, {title}, {length} tokens, ratio to SDPA", rows)
+            times[f"both sides, {title} {length}"] = rows
+    show(
+        "forward and backward, ms per 1024 tokens: constant if the growth is linear",
+        {name: {f"L={n}": ms * 1024 / int(n) for n, ms in line.items()} for name, line in growth.items()},
+    )
+    # Blocks from the system and back, or what the allocator keeps for later counts as held.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    memory = {}
+    for name in attentions:
+        longest = MEMORY_UP_TO.get(name, ONLY_LINEAR[-1])
+        lengths = [n for n in ([2048, 4096] if quick else [*LENGTHS[1:], *ONLY_LINEAR]) if n <= longest]
+        memory[name] = {f"L={n}": in_fresh_process(__file__, "peak", name, str(n))["units"] for n in lengths}
     show("peak of forward and backward, elements over L H d (the three inputs are 3)", memory)
-    draw(points)
-    written = save("linear_attention", {"times": content, "growth": growth, "memory": memory})
-    print(f"written to {written}".replace(f"{Path.cwd()}/", ""))
+    reached = targets(times, growth)
+    for what, figures in reached.items():
+        print(f"{what}: {figures}")
+    if quick:
+        return
+    draw(growth, RESULTS / "linear_attention.svg")
+    saved = save(
+        "linear_attention",
+        {"rates": rate, "times": times, "growth_ms": growth, "memory": memory, "targets": reached},
+    )
+    print(f"written to {saved}".replace(f"{Path.cwd()}/", ""))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak"]:
         peak(sys.argv[2], int(sys.argv[3]))
     else:
-        main()
+        main(quick=sys.argv[1:2] == ["quick"])
