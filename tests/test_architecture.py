@@ -36,7 +36,7 @@ NO_TRIAL = {
     "attention/vq_layout": "how vq_attention is computed",
     "attention/vq_decode": "part of vq_module; equal to the full pass, which its tests hold",
     "attention/vq_module": "the layer that the trial attention/vq_attention trains",
-    "attention/feature_maps": "maps for linear_attention; no trial yet",
+    "attention/feature_maps": "arms of attention/linear_attention",
     "attention/linear_chunks": "how linear attention is computed",
     "attention/dynamic_rope": "an arm of the trial positions/scaling",
     "attention/windows": "masks of a baseline, which is an arm of the trials of positions",

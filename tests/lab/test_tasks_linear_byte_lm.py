@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.attention import FavorFeatures, LinearAttention
+from danlu.attention import FavorFeatures, LinearAttention, SoftVQFeatures
 from danlu.lab.errors import TrialError
 from danlu.lab.runner import run_trial
 from danlu.lab.store import Store
 from danlu.lab.tasks.linear_byte_lm import LinearByteLM
 
 TASK = LinearByteLM()
-KINDS = ("softmax_rope", "elu1", "elu1_rope", "favor_rope")
+KINDS = ("softmax_rope", "elu1", "elu1_rope", "favor_rope", "softvq_rope")
 
 
 def options(**changes):
@@ -51,7 +51,12 @@ def test_the_arms_are_what_they_say():
     features = [block.attention.attend.features for block in models["favor_rope"].blocks]
     assert all(isinstance(one, FavorFeatures) and one.num_features == 8 for one in features)
     assert not torch.equal(features[0].projection, features[1].projection)
+    soft = attends["softvq_rope"].attend
+    assert isinstance(soft.features, SoftVQFeatures)
+    assert (soft.features.codebook.shape, soft.features.sigma, soft.rope_base) == ((2, 8, 8), 0.5, 10000.0)
     counts = {kind: sum(p.numel() for p in model.parameters()) for kind, model in models.items()}
+    # Two layers of two codebooks of eight codes; all else is the same.
+    counts["softvq_rope"] -= 2 * 2 * 8 * 8
     assert len(set(counts.values())) == 1
     losses = {kind: start(options(kind=kind)).step(0)["train_loss"] for kind in ("softmax_rope", "elu1", "elu1_rope")}
     assert len(set(losses.values())) == 3
@@ -106,7 +111,7 @@ def test_metrics_of_known_predictions():
 def test_trial_runs_at_ci_size(tmp_path):
     with Store(tmp_path) as store:
         outcome = run_trial("linear_attention", size="ci", store=store)
-    assert len(outcome.arms) == 4
+    assert len(outcome.arms) == 5
     for arm in outcome.arms:
         assert {"bits_per_byte", "bits_per_byte@last_half"} <= arm.metrics.keys()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from danlu.attention import FavorFeatures, LinearAttention
+from danlu.attention import FavorFeatures, LinearAttention, SoftVQFeatures
 from danlu.lab.data import TextCorpus, python_source
 from danlu.lab.errors import TrialError
 from danlu.lab.tasks.optimizers import OPTIMIZER_OPTIONS, make_optimizer, set_learning_rate
@@ -21,7 +21,7 @@ from danlu.positions import RotaryEmbedding
 __all__ = ["LinearByteLM"]
 
 _BYTES = 256
-_KINDS = ("softmax_rope", "elu1", "elu1_rope", "favor_rope")
+_KINDS = ("softmax_rope", "elu1", "elu1_rope", "favor_rope", "softvq_rope")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class LinearByteLM:
 
     Kinds: "softmax_rope"; "elu1", linear attention without positions; "elu1_rope", its numerator rotated as RoFormer
     has it; "favor_rope", `features` random features of queries and keys that are rotated before, an estimate of
-    "softmax_rope".
+    "softmax_rope"; "softvq_rope", soft assignment of width `sigma` to `features` codes per head, which are trained by
+    gradient, its numerator rotated as that of "elu1_rope".
 
     Training: `batch_size` windows of `context` + 1 bytes at random places. Test: `windows` fixed places of the
     held-out files, the same for every arm and seed.
@@ -50,6 +51,7 @@ class LinearByteLM:
         own: dict[str, Scalar] = {
             "kind": "softmax_rope",
             "features": 64,
+            "sigma": 0.5,
             "context": 128,
             "batch_size": 8,
             "width": 64,
@@ -127,7 +129,7 @@ def _split(name: Literal["train", "validation", "test"]) -> Tensor:
 class _Attention(nn.Module):
     """From queries, keys and values, not yet rotated, `(batch, heads, length, head_dim)`."""
 
-    def __init__(self, kind: str, head_dim: int, features: int) -> None:
+    def __init__(self, kind: str, heads: int, head_dim: int, features: int, sigma: float) -> None:
         super().__init__()
         if kind not in _KINDS:
             raise TrialError(f"unknown kind {kind!r}; known: {', '.join(_KINDS)}")
@@ -135,6 +137,10 @@ class _Attention(nn.Module):
         self.attend: LinearAttention | None = None
         if kind == "favor_rope":
             self.attend = LinearAttention(FavorFeatures(head_dim, features))
+        elif kind == "softvq_rope":
+            # Codes spread as the keys of an untrained layer are: a third is their variance.
+            codes = nn.Parameter(torch.randn(heads, features, head_dim) / 3**0.5)
+            self.attend = LinearAttention(SoftVQFeatures(codes, sigma=sigma), rope_base=10000.0)
         elif kind != "softmax_rope":
             self.attend = LinearAttention("elu1", rope_base=10000.0 if kind == "elu1_rope" else None)
 
@@ -147,12 +153,12 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, kind: str, features: int) -> None:
+    def __init__(self, width: int, heads: int, kind: str, features: int, sigma: float) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attention = _Attention(kind, width // heads, features)
+        self.attention = _Attention(kind, heads, width // heads, features, sigma)
         self.out = nn.Linear(width, width, bias=False)
         self.mlp_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
@@ -174,7 +180,7 @@ class _LanguageModel(nn.Module):
         self.embedding = nn.Embedding(_BYTES, width)
         self.blocks = nn.Sequential(
             *(
-                _Block(width, heads, str(options["kind"]), int(options["features"]))
+                _Block(width, heads, str(options["kind"]), int(options["features"]), float(options["sigma"]))
                 for _ in range(int(options["layers"]))
             )
         )
