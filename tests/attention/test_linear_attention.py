@@ -284,6 +284,29 @@ def test_half_precision_of_long_texts(dtype, rotation):
 
 
 @backends
+@causality
+@rotations
+def test_autocast_changes_nothing(options, is_causal, rotation):
+    """Sums of features are not for half precision, whose rounding errors add up over a text."""
+    inputs = [x.requires_grad_() for x in tensors(queries=40, keys=40, dtype=torch.float32)]
+    run = partial(linear_attention, is_causal=is_causal, **rotation, **options)
+    expected = run(*inputs)
+    step = linear_attention_step(*(x[:, :, :1] for x in inputs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(*inputs)
+        first = linear_attention_step(*(x[:, :, :1] for x in inputs))
+    assert torch.equal(out, expected)
+    assert torch.equal(first[0], step[0])
+    assert torch.equal(first[1].key_value, step[1].key_value)
+    grads = [torch.autograd.grad(x.sum(), inputs) for x in (out, expected)]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    if options["backend"] == "chunked" and is_causal:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again = torch.autograd.grad(run(*inputs).sum(), inputs)
+        assert all(torch.equal(*pair) for pair in zip(again, grads[0], strict=True))
+
+
+@backends
 def test_compile_empty_and_strided(options):
     inputs = tensors()
     expected = linear_attention(*inputs, **options)
@@ -326,6 +349,23 @@ def test_packed_sequences_equal_those_alone(options, is_causal, rotation):
         torch.testing.assert_close(out[:, :, low:high], alone, rtol=1e-13, atol=1e-13)
     # The first sequence has no part in the others.
     assert all((x[:, :, :6] == 0).all() for x in torch.autograd.grad(out[:, :, 6:].sum(), inputs))
+
+
+def test_packed_sequences_of_modules():
+    """As of the function; a hook sees one call, a compiler may break its graph, and no token at all is fine."""
+    module = LinearAttention(FavorFeatures(6, 8).double(), rope_base=50.0, chunk_size=4)
+    query, key, value = tensors(batch=1, queries=17, keys=17)
+    borders = torch.tensor([0, 6, 17])
+    seen = []
+    module.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    out = module(query, key, value, cu_seqlens=borders)
+    assert seen == [(1, 4, 17, 5)]
+    compiled = torch.compile(module, backend="eager")(query, key, value, cu_seqlens=borders)
+    torch.testing.assert_close(compiled, out, rtol=0, atol=1e-14)
+    alone = [module(*(x[:, :, rows] for x in (query, key, value))) for rows in (slice(0, 6), slice(6, 17))]
+    torch.testing.assert_close(torch.cat(alone, 2), out, rtol=0, atol=1e-14)
+    nothing = module(*(x[:, :, :0] for x in (query, key, value)), cu_seqlens=torch.tensor([0, 0]))
+    assert nothing.shape == (1, 4, 0, 5)
 
 
 def test_modules_divide_packed_sequences_by_their_own_largest_feature():
@@ -435,6 +475,24 @@ def test_bad_input(change, error, match):
     query, key, value = tensors(dtype=torch.float32)
     with pytest.raises(error, match=match):
         linear_attention(**{"query": query, "key": key, "value": value, **change})
+
+
+@pytest.mark.parametrize(
+    ("borders", "mask", "rows", "match"),
+    [
+        ([0, 4], None, 9, r"cu_seqlens must rise from 0 to the number of slots, 9, got \[0, 4\]"),
+        ([1, 9], None, 9, "must rise from 0"),
+        ([0, 5, 3, 9], None, 9, "must rise from 0"),
+        ([0], None, 9, r"must have shape \(sequences \+ 1,\), got \(1,\)"),
+        ([0, 9], torch.ones(1, 9, dtype=torch.bool), 9, "no key_padding_mask"),
+        ([0, 9], None, 4, "as many queries as keys"),
+    ],
+)
+def test_bad_borders(borders, mask, rows, match):
+    query, key, value = tensors(batch=1)
+    for call in (linear_attention, LinearAttention()):
+        with pytest.raises(ValueError, match=match):
+            call(query[:, :, -rows:], key, value, cu_seqlens=torch.tensor(borders), key_padding_mask=mask)
 
 
 def test_bad_steps_and_modules():

@@ -533,7 +533,10 @@ class LinearAttention(nn.Module):
             check_attention(query, key, value, None)
             check_cu_seqlens(cu_seqlens, query, key, key_padding_mask, None)
             # Features of a sequence are divided by their own largest, not by that of another one.
-            return _one_by_one(self, query, key, value, cu_seqlens)
+            return _one_by_one(self._attended, query, key, value, cu_seqlens)
+        return self._attended(query, key, value, key_padding_mask)
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         query, key = self.features(query, key, key_padding_mask)
         return linear_attention(
             query,

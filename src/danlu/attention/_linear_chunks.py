@@ -114,17 +114,19 @@ def _forward(
     out, last, inverse, starts = _like_outputs(query, value, state, chunk_size, count, normalize)
     last.copy_(state)
     heads, shared, dtype = query.shape[1], key.shape[1], state.dtype
-    for i, (rows, size) in enumerate(_groups(query.shape[2], chunk_size, count)):
-        starts[:, :, i] = last
-        q, k, v = (_chunks(x, rows, size, shared, dtype) for x in (query, key, value))
-        u = _extended(v, normalize)
-        before = _before(last, k.mT @ u)
-        sums = (_tril(q @ k.mT, size) @ u).add_(q @ before)
-        if normalize:
-            inverse_here = reciprocal(sums[..., -1:], eps)
-            inverse[:, :, rows] = _rows(inverse_here, heads, size)
-            sums = sums[..., :-1] * inverse_here
-        out[:, :, rows] = _rows(sums, heads, size).to(out.dtype)
+    # Autocast reaches into operators, and would round the sums to half precision.
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        for i, (rows, size) in enumerate(_groups(query.shape[2], chunk_size, count)):
+            starts[:, :, i] = last
+            q, k, v = (_chunks(x, rows, size, shared, dtype) for x in (query, key, value))
+            u = _extended(v, normalize)
+            before = _before(last, k.mT @ u)
+            sums = (_tril(q @ k.mT, size) @ u).add_(q @ before)
+            if normalize:
+                inverse_here = reciprocal(sums[..., -1:], eps)
+                inverse[:, :, rows] = _rows(inverse_here, heads, size)
+                sums = sums[..., :-1] * inverse_here
+            out[:, :, rows] = _rows(sums, heads, size).to(out.dtype)
     return out, last, inverse, starts
 
 
@@ -160,24 +162,25 @@ def _backward(
     later = upstream_state.clone(memory_format=torch.contiguous_format)
     shared, dtype = key.shape[1], starts.dtype
     groups = _groups(query.shape[2], chunk_size, count)
-    for i, (rows, size) in reversed(list(enumerate(groups))):
-        q, k, v, g = (_chunks(x, rows, size, shared, dtype) for x in (query, key, value, upstream))
-        u = _extended(v, normalize)
-        if normalize:
-            # Of numerator and denominator: do / d and -(do . o) / d.
-            share = -(g * _chunks(out, rows, size, shared, dtype)).sum(-1, keepdim=True)
-            g = torch.cat((g, share), dim=-1).mul_(_chunks(inverse, rows, size, shared, dtype))
-        before = _before(starts[:, :, i].clone(), k.mT @ u)
-        behind = _before(later, q.mT @ g, reverse=True)
-        weights, slopes = _tril(q @ k.mT, size), _tril(g @ u.mT, size)
-        values = value.shape[-1]
-        parts = (
-            (slopes @ k).add_(g @ before.mT),
-            (slopes.mT @ q).add_(u @ behind.mT),
-            (weights.mT @ g[..., :values]).add_(k @ behind[..., :values]),
-        )
-        for grad, part in zip(grads, parts, strict=True):
-            grad[:, :, rows] = _rows(part, grad.shape[1], size).to(grad.dtype)
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        for i, (rows, size) in reversed(list(enumerate(groups))):
+            q, k, v, g = (_chunks(x, rows, size, shared, dtype) for x in (query, key, value, upstream))
+            u = _extended(v, normalize)
+            if normalize:
+                # Of numerator and denominator: do / d and -(do . o) / d.
+                share = -(g * _chunks(out, rows, size, shared, dtype)).sum(-1, keepdim=True)
+                g = torch.cat((g, share), dim=-1).mul_(_chunks(inverse, rows, size, shared, dtype))
+            before = _before(starts[:, :, i].clone(), k.mT @ u)
+            behind = _before(later, q.mT @ g, reverse=True)
+            weights, slopes = _tril(q @ k.mT, size), _tril(g @ u.mT, size)
+            values = value.shape[-1]
+            parts = (
+                (slopes @ k).add_(g @ before.mT),
+                (slopes.mT @ q).add_(u @ behind.mT),
+                (weights.mT @ g[..., :values]).add_(k @ behind[..., :values]),
+            )
+            for grad, part in zip(grads, parts, strict=True):
+                grad[:, :, rows] = _rows(part, grad.shape[1], size).to(grad.dtype)
     return grads[0], grads[1], grads[2], later
 
 
