@@ -37,7 +37,27 @@ def test_values_by_hand():
     query = x.view(1, 1, 2, 2)
     assert torch.equal(feature_map("relu")(query, query)[1], query.clamp(min=0))
     assert torch.equal(feature_map(torch.square)(query, query)[0], query.square())
-    assert torch.autograd.gradcheck(elu1, x.double().requires_grad_())
+    ends = torch.tensor([0.0, math.inf, -math.inf, math.nan], requires_grad=True)
+    torch.testing.assert_close(elu1(ends), torch.tensor([1.0, math.inf, 0.0, math.nan]), equal_nan=True)
+    assert torch.autograd.grad(elu1(ends).sum(), ends)[0][:3].tolist() == [1, 1, 0]
+    apart = x[[0, 1, 3]].double().requires_grad_()
+    assert torch.autograd.gradcheck(elu1, apart, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(elu1, apart)
+    compiled = torch.compile(elu1, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), elu1(x))
+
+
+def test_elu1_keeps_its_values_alone():
+    held = []
+
+    def keep(x):
+        held.append(x.data_ptr())
+        return x
+
+    x = normal(8).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = elu1(x)
+    assert set(held) == {out.data_ptr()}
 
 
 def test_exp_is_divided_by_its_largest():

@@ -9,7 +9,7 @@ codes.
 
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -112,9 +112,34 @@ def as_feature_map(features: "str | Callable[[Tensor], Tensor] | FeatureMap") ->
 
 def elu1(input: Tensor) -> Tensor:
     """The function elu + 1, which keeps small values where elu(x) + 1 would round them to 0."""
-    above = F.relu(input)
-    # Rather than of a clamp, whose gradient costs more than all the rest.
-    return (input - above).exp_() + above
+    if torch.compiler.is_compiling():
+        return input.clamp(max=0).exp() + F.relu(input)
+    return _Elu1.apply(input)
+
+
+class _Elu1(torch.autograd.Function):
+    """Keeps its values alone: their slope is the lesser of them and 1."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return input.clamp(max=0).exp_().add_(input.clamp(min=0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (values,) = ctx.saved_tensors
+        return grad_outputs[0] * values.clamp(max=1)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Tensor) -> Tensor:
+        (values,) = ctx.saved_tensors
+        return grad_inputs[0] * values.clamp(max=1)
 
 
 class ElementwiseFeatures(nn.Module):
