@@ -4,6 +4,8 @@ from danlu.lab.tasks.linear_byte_lm import LinearByteLM
 from danlu.lab.trial import Arm, Budget, Comparison, Trial
 
 _LRS = ({"lr": 0.008}, {"lr": 0.004}, {"lr": 0.016})
+# Without positions the best one is lower.
+_LOWER_LRS = ({"lr": 0.004}, {"lr": 0.008}, {"lr": 0.002})
 _FUNCTION = "danlu.attention.linear_attention"
 
 
@@ -22,7 +24,7 @@ TRIAL = Trial(
     task=LinearByteLM(),
     arms={
         "softmax_rope": Arm(grid=_LRS),
-        "elu1": Arm(options={"kind": "elu1"}, grid=_LRS, method=_FUNCTION),
+        "elu1": Arm(options={"kind": "elu1"}, grid=_LOWER_LRS, method=_FUNCTION),
         "elu1_rope": Arm(options={"kind": "elu1_rope"}, grid=_LRS, method=_FUNCTION),
         "favor_rope": Arm(options={"kind": "favor_rope"}, grid=_LRS, method="danlu.attention.FavorFeatures"),
         "softvq_rope": Arm(options={"kind": "softvq_rope"}, grid=_LRS, method="danlu.attention.SoftVQFeatures"),
