@@ -23,7 +23,7 @@ from danlu.losses import (
     mixce_loss,
     tailr_loss,
 )
-from danlu.losses._linear import _bytes_of_logit, default_chunk
+from danlu.losses._linear_chunks import bytes_of_logit, default_chunk
 
 ROWS, FEATURES, CLASSES = 65, 6, 11
 
@@ -242,7 +242,7 @@ def test_memory_budget_chooses_the_chunk():
 
 
 @pytest.mark.parametrize(
-    ("loss", "dtype", "bytes_of_logit"),
+    ("loss", "dtype", "expected"),
     [
         (CrossEntropy(), torch.float32, 4),
         (CrossEntropy(), torch.float64, 8),
@@ -254,8 +254,8 @@ def test_memory_budget_chooses_the_chunk():
         (F.cross_entropy, torch.float32, 8),
     ],
 )
-def test_bytes_of_a_chunk(loss, dtype, bytes_of_logit):
-    assert _bytes_of_logit(loss, dtype) == bytes_of_logit
+def test_bytes_of_a_chunk(loss, dtype, expected):
+    assert bytes_of_logit(loss, dtype) == expected
 
 
 def test_memory_budget_holds_in_float64():
@@ -596,19 +596,6 @@ def test_gradient_checkpointing():
     value = torch.utils.checkpoint.checkpoint(linear_tailr_loss, *inputs[:2], target, use_reentrant=False)
     for mine, theirs in zip(gradients(value, inputs[:2]), expected, strict=True):
         assert torch.equal(mine, theirs)
-
-
-def test_compile_breaks_the_graph_and_stays_right():
-    inputs, target = problem()
-    compiled = torch.compile(lambda h, w, y: 2 * linear_tailr_loss(h, w, y, chunk_size=16), backend="aot_eager")
-    value = compiled(*inputs[:2], target)
-    expected = 2 * linear_tailr_loss(*inputs[:2], target)
-    torch.testing.assert_close(value, expected)
-    for mine, theirs in zip(gradients(value, inputs[:2]), gradients(expected, inputs[:2]), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    whole = torch.compile(lambda h, w, y: linear_tailr_loss(h, w, y), backend="aot_eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
-        whole(*inputs[:2], target)
 
 
 @pytest.mark.gpu

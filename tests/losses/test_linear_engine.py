@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from danlu.losses import EMO, CrossEntropy
-from danlu.losses._linear_engine import Plan, _Batch, _has_kernel
+from danlu.losses._linear_engine import Batch, Plan, _has_kernel
 
 SCRIPT = Path(__file__).parent / "linear_rows_engine_script.py"
 CASES = [
@@ -42,7 +42,7 @@ def test_what_the_kernel_does_not_do(monkeypatch):
     """A cap with a shift, a table of costs, a callable, and the CPU."""
     monkeypatch.setattr("danlu.losses._linear_engine.explain", lambda *_: None)
     rows = torch.zeros(2, device="meta")
-    logits, batch = torch.zeros(2, 3, device="meta"), _Batch(rows, rows, rows, None)
+    logits, batch = torch.zeros(2, 3, device="meta"), Batch(rows, rows, rows, None)
 
     def runs(loss, shift=None, softcap=None) -> bool:
         plan = Plan(loss, 2, torch.float32, softcap=softcap)

@@ -262,3 +262,43 @@ def test_bad_tensors():
         linear_sparse_softmax_loss(hidden, weight, target + V)
     with pytest.raises(TypeError, match="one dtype outside autocast"):
         linear_sparse_softmax_loss(hidden.float(), weight, target)
+
+
+@pytest.mark.parametrize(("reduction", "zeros"), [("none", 30), ("mean", 2)])
+def test_compiles_as_one_graph(reduction, zeros):
+    """With the numbers of eager code, also where logits tie: some that are listed, and more than are."""
+    hidden, weight, target, offset = head()
+    target[::5] = -100
+    with torch.no_grad():
+        weight[:zeros], offset[:zeros] = 0, 4 if zeros else 0
+    tensors = (hidden, weight, offset)
+    weights = torch.rand(N, dtype=torch.float64)
+
+    def call(h, w, b, y):
+        rows = {"k": 4, "chunk_size": 8, "reduction": reduction, "token_weight": weights[: len(y)]}
+        return linear_sparse_softmax_loss(h, w, y, linear_bias=b, **rows)
+
+    run = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (N, 9):
+        value, expected = (function(hidden[:rows], weight, offset, target[:rows]) for function in (run, call))
+        torch.testing.assert_close(value, expected, rtol=1e-14, atol=0)
+        for mine, theirs in zip(gradients(value, tensors), gradients(expected, tensors), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-15)
+    # Of torch itself, which may free what it keeps.
+    with pytest.raises(RuntimeError, match="double backward|donated buffer"):
+        torch.autograd.grad(run(hidden, weight, offset, target).sum(), hidden, create_graph=True)[0].sum().backward()
+
+
+def test_compiled_frozen_head_half_inputs_and_transforms():
+    hidden, weight, target, _ = head(torch.bfloat16)
+    weight = weight.detach()
+    run = torch.compile(linear_sparse_softmax_loss, fullgraph=True, backend="eager")
+    value, expected = (function(hidden, weight, target, k=4) for function in (run, linear_sparse_softmax_loss))
+    (mine,), (theirs,) = (torch.autograd.grad(loss, hidden, create_graph=True) for loss in (value, expected))
+    assert value == expected
+    assert torch.equal(mine, theirs)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (value + mine.square().sum()).backward()
+    gradient = torch.func.grad(lambda h: linear_sparse_softmax_loss(h, weight, target, k=4))
+    primal = hidden.detach()
+    assert torch.equal(torch.compile(gradient, backend="aot_eager")(primal), gradient(primal))

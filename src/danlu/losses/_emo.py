@@ -6,8 +6,9 @@ Source: Ren et al. (2023), "EMO: Earth Mover Distance Optimization for Auto-Regr
 Shape letters: `V` classes; `E` width of the cost embedding; `D` features; `...` batch axes.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from danlu._common.checks import check_choice, check_floating, check_real
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
 from danlu.losses._ground_cost import GroundCost, inverse_norms
 from danlu.losses._linear import linear_loss
+from danlu.losses._row_loss import Parts, register_parts
 from danlu.losses._targets import check_range, check_row_values, check_targets, scores_of_kept_rows
 
 __all__ = ["EMO", "EMOMode", "check_emo_options", "emo_bound", "emo_loss", "linear_emo_loss"]
@@ -443,6 +445,43 @@ class EMO:
         elif largest is not None:
             ratio = ratio.clamp(max=largest)
         return ratio * nll + e, ratio, ones
+
+
+def _parts(loss: EMO) -> Parts:
+    source, first, second = loss.ground_cost.parts()
+    if source == "matrix":
+        second = loss._largest  # pyrefly: ignore[missing-attribute]
+    ratio = math.inf if loss.max_ratio is None else loss.max_ratio
+    return Parts(
+        f"emo/{source}/{loss.mode}/{'shifted' if loss.shift_target else 'plain'}",
+        (loss.ce_weight, loss.emo_weight, ratio, loss.min_nll, loss.eps),
+        first,
+        second,
+    )
+
+
+def _from_parts(parts: Parts) -> EMO:
+    _, source, mode, shift = parts.kind.split("/")
+    ce_weight, emo_weight, ratio, min_nll, eps = parts.numbers
+    loss = EMO(
+        cost_embedding="head",
+        mode=cast(EMOMode, mode),
+        ce_weight=ce_weight,
+        emo_weight=emo_weight,
+        max_ratio=None if ratio == math.inf else ratio,
+        shift_target=shift == "shifted",
+        min_nll=min_nll,
+        eps=eps,
+    )
+    if source != "head":
+        # The costs have been looked at, and the bound and the table made, when the loss was.
+        object.__setattr__(loss, "_cost", GroundCost.of(source, parts.first, parts.second))
+    if source == "matrix" and parts.second is not None:
+        object.__setattr__(loss, "_largest", parts.second)
+    return loss
+
+
+register_parts(EMO, "emo", _parts, _from_parts)
 
 
 def check_emo_options(

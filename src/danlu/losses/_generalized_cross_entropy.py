@@ -12,7 +12,7 @@ from torch import Tensor
 
 from danlu._common.checks import check_real
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
-from danlu.losses._row_loss import RowLoss
+from danlu.losses._row_loss import Parts, RowLoss, register_parts
 from danlu.losses._targets import check_range, check_row_values, check_targets, negative_log_likelihood
 
 __all__ = ["GeneralizedCE", "MixCE", "generalized_cross_entropy", "mixce_loss"]
@@ -60,6 +60,14 @@ class GeneralizedCE:
         return -torch.expm1(-self.q * nll) / self.q, torch.exp(-self.q * nll)
 
 
+register_parts(
+    GeneralizedCE,
+    "generalized_ce",
+    lambda loss: Parts("generalized_ce", (loss.q,)),
+    lambda parts: GeneralizedCE(*parts.numbers),
+)
+
+
 @dataclass(frozen=True)
 class MixCE:
     r"""MixCE, the linear mixture of cross entropy and $1 - p$, as a row loss for `linear_loss`.
@@ -105,6 +113,9 @@ class MixCE:
         cross_entropy = self.eta * nll if self.eta else torch.zeros_like(nll)
         value = cross_entropy - (1 - self.eta) * torch.expm1(-nll)
         return value, self.eta + (1 - self.eta) * torch.exp(-nll)
+
+
+register_parts(MixCE, "mixce", lambda loss: Parts("mixce", (loss.eta,)), lambda parts: MixCE(*parts.numbers))
 
 
 def generalized_cross_entropy(

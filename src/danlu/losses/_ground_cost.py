@@ -81,6 +81,25 @@ class GroundCost:
                 f"cost_cache makes a table of V x V, for V up to {_LARGEST_TABLE}; got V = {self.embedding.shape[0]}"
             )
 
+    @classmethod
+    def of(cls, source: str, tensor: Tensor | None, table: Tensor | None) -> "GroundCost":
+        """Costs that have been checked, of an "embedding", perhaps with its table, or of a "matrix"."""
+        cost = cls(embedding=_HEAD)
+        object.__setattr__(cost, "embedding", tensor if source == "embedding" else None)
+        object.__setattr__(cost, "matrix", tensor if source == "matrix" else None)
+        if source == "embedding" and table is not None:
+            object.__setattr__(cost, "cache", True)
+            cost._table.append(table)
+        return cost
+
+    def parts(self) -> tuple[str, Tensor | None, Tensor | None]:
+        """What `of` takes; for the head itself "head", and no tensor."""
+        if self.matrix is not None:
+            return "matrix", self.matrix, None
+        return (
+            ("embedding", self.embedding, self.table()) if isinstance(self.embedding, Tensor) else ("head", None, None)
+        )
+
     @property
     def is_head(self) -> bool:
         """Whether the head is the cost embedding."""

@@ -5,21 +5,23 @@ Source: the idea is that of chunked cross entropy; the coefficients follow from 
 Shape letters: `N` rows (tokens); `D` features; `V` classes; `C` rows of a chunk; `...` axes that are flattened to `N`.
 """
 
-import math
-import sys
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from danlu._common.checks import check_floating, check_integer, check_real, check_same_device, is_low_precision
+from danlu._common.checks import check_floating, check_real, check_same_device, is_low_precision
 from danlu._common.reduction import Reduction, check_reduction, row_weight
+from danlu.losses._linear_chunks import bytes_of_logit, check_chunk, rows_per_chunk
 from danlu.losses._linear_engine import LinearLoss, Plan, TokenLoss
-from danlu.losses._prepared import Prepared
+from danlu.losses._linear_ops import CompiledHead
+from danlu.losses._prepared import Prepared, compiles, outside
 from danlu.losses._row_loss import is_row_loss, is_transport_loss
 from danlu.losses._targets import check_range, check_row_values, check_targets
 
-__all__ = ["LinearStats", "check_head", "default_chunk", "linear_loss", "product_dtype"]
+__all__ = ["LinearStats", "check_head", "linear_loss", "product_dtype"]
+
+_OUTSIDE = "linear_loss runs callables of logits, and what torch.func transforms, outside of the graph; take a row loss"
 
 
 class LinearStats(NamedTuple):
@@ -192,8 +194,10 @@ def linear_loss(
 
         Gradients are computed in the forward call for "mean" and "sum" and handed over without a copy; a second
         backward through a retained graph computes them again. With "none" the backward recomputes the logits.
-        Reverse-mode `torch.func` transforms work. `torch.compile` breaks the graph here. Under
-        `torch.utils.checkpoint` the gradients are right, but nothing is saved and the forward runs twice.
+        Reverse-mode `torch.func` transforms work. Under `torch.utils.checkpoint` the gradients are right, but nothing
+        is saved and the forward runs twice. `torch.compile(fullgraph=True)` takes the loss as one operator; for a
+        `RowFunction`, or a row loss class of your own, it traces the function and makes the logits again in the
+        backward. Around a callable of logits, and within `torch.func` transforms, it breaks the graph.
 
         A weight that FSDP2 shards is whole only inside the forward of its module, so there the loss must be computed;
         a `DTensor` is refused.
@@ -227,6 +231,7 @@ def linear_loss(
     if softcap is not None:
         check_real("softcap", softcap, low=0.0, low_open=True)
     check_reduction(reduction, normalizer)
+    check_chunk(chunk_size, memory_budget)
     if isinstance(target_shift, Tensor):
         check_row_values("target_shift", target_shift, target)
     elif target_shift is not None:
@@ -238,34 +243,22 @@ def linear_loss(
         loss.ground_cost.check(classes, target.device)
     keep = check_range(target, classes, ignore_index, check=check).reshape(-1)
     dtype = product_dtype(input, linear_weight, torch.is_autocast_enabled(input.device.type))
-    plan = Plan(
-        loss,
-        _chunk(chunk_size, memory_budget, count, input.shape[-1], classes, _bytes_of_logit(loss, dtype)),
-        dtype,
-        float(smoothing),
-        float(logit_scale),
-        softcap,
-        return_stats,
-    )
-    weight = row_weight(keep, reduction, normalizer, plan.row_dtype)
+    row_dtype = torch.float32 if is_low_precision(dtype) else dtype
+    weight = row_weight(keep, reduction, normalizer, row_dtype)
     if token_weight is not None:
         # Not a product: what stands in an ignored row is nobody's business, and may be NaN.
         weight = torch.where(keep, weight * token_weight.reshape(-1).to(weight.dtype), weight)
     shift = None
     if isinstance(target_shift, Tensor):
-        shift = target_shift.reshape(-1).to(plan.row_dtype)
+        shift = target_shift.reshape(-1).to(row_dtype)
     elif target_shift:
-        shift = torch.full((count,), float(target_shift), dtype=plan.row_dtype, device=input.device)
+        shift = torch.full((count,), float(target_shift), dtype=row_dtype, device=input.device)
     # Asked here because a forward without context cannot; a transform that knows better recomputes in the backward.
     grad = torch.is_grad_enabled()
     needs = tuple(
         grad and tensor is not None and tensor.requires_grad for tensor in (input, linear_weight, linear_bias)
     )
-    # Chunks written in place are no gain to a compiler, and its own derivative of them would be silently wrong. It also
-    # looks into what is called where it gave up this function.
-    compiler = torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
-    apply = torch.compiler.disable(LinearLoss.apply) if compiler else LinearLoss.apply
-    value, nll, correct, cost = apply(
+    tensors = (
         input.reshape(count, input.shape[-1]),
         linear_weight,
         linear_bias,
@@ -273,9 +266,23 @@ def linear_loss(
         keep,
         weight,
         shift,
-        plan,
-        None if reduction == "none" else Prepared(needs),
     )
+    if of_rows and compiles():
+        options = (chunk_size, memory_budget, dtype, float(smoothing), float(logit_scale), softcap, return_stats)
+        value, nll, correct, cost = CompiledHead(tensors, needs, options).loss(loss, reduced=reduction != "none")
+    else:
+        per_logit = bytes_of_logit(loss, dtype)
+        plan = Plan(
+            loss,
+            rows_per_chunk(chunk_size, memory_budget, count, input.shape[-1], classes, per_logit),
+            dtype,
+            float(smoothing),
+            float(logit_scale),
+            softcap,
+            return_stats,
+        )
+        apply = outside(LinearLoss.apply, _OUTSIDE)
+        value, nll, correct, cost = apply(*tensors, plan, None if reduction == "none" else Prepared(needs))
     value = value.view(target.shape) if reduction == "none" else value
     if not return_stats:
         return value
@@ -317,43 +324,6 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
             f"input and linear_weight (and linear_bias) must have one dtype outside autocast, got {input.dtype} and "
             f"{linear_weight.dtype}" + ("" if linear_bias is None else f" and {linear_bias.dtype}")
         )
-
-
-def _chunk(
-    chunk_size: int | None, memory_budget: int | None, count: int, features: int, classes: int, bytes_of_logit: int
-) -> int:
-    if chunk_size is not None and memory_budget is not None:
-        raise ValueError("chunk_size and memory_budget exclude each other")
-    if memory_budget is not None:
-        check_integer("memory_budget", memory_budget, low=1)
-        rows = max(1, memory_budget // (bytes_of_logit * classes))
-        size = 1 << (rows.bit_length() - 1)
-    elif chunk_size is None:
-        size = default_chunk(count, features, classes)
-    else:
-        size = check_integer("chunk_size", chunk_size, low=1)
-    return min(size, max(1, count))
-
-
-def _bytes_of_logit(loss: TokenLoss, dtype: torch.dtype) -> int:
-    """What a chunk holds for every one of its logits."""
-    low = is_low_precision(dtype)
-    row_bytes = 4 if low else dtype.itemsize
-    buffers = 1
-    if is_transport_loss(loss):
-        # Products that give the costs, unless there is a table of them.
-        buffers += loss.ground_cost.matrix is None and not loss.ground_cost.cache
-    elif not is_row_loss(loss):
-        # The gradient that autograd makes.
-        buffers += 1
-    # Half products need the gradient in half precision.
-    return buffers * row_bytes + (dtype.itemsize if low else 0)
-
-
-def default_chunk(count: int, features: int, classes: int) -> int:
-    """Rows of a chunk that balance it against the weight's gradient."""
-    wanted = max(features / 2, count * features / max(1, classes))
-    return max(1, min(count, 2 ** math.ceil(math.log2(max(1.0, wanted)))))
 
 
 def product_dtype(input: Tensor, linear_weight: Tensor, autocast: bool) -> torch.dtype:

@@ -19,7 +19,7 @@ from danlu.losses._ground_cost import CostRows
 from danlu.losses._prepared import Grads, Prepared, refusal
 from danlu.losses._row_loss import RowLoss, TransportRowLoss, is_row_loss, is_transport_loss
 
-__all__ = ["LinearLoss", "Plan", "TokenLoss", "write_logits"]
+__all__ = ["Batch", "LinearLoss", "Plan", "TokenLoss", "run_chunks", "write_logits"]
 
 TokenLoss = RowLoss | TransportRowLoss | Callable[[Tensor, Tensor], Tensor]
 _INSTEAD = "take the loss of F.linear(input, linear_weight)"
@@ -54,7 +54,7 @@ class _Rows(NamedTuple):
     cost: Tensor
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """What is given per row; rows that are not kept have target 0."""
 
     target: Tensor
@@ -62,10 +62,10 @@ class _Batch(NamedTuple):
     weights: Tensor
     shift: Tensor | None
 
-    def cut(self, rows: slice) -> "_Batch":
+    def cut(self, rows: slice) -> "Batch":
         """Some of the rows."""
         shift = None if self.shift is None else self.shift[rows]
-        return _Batch(self.target[rows], self.keep[rows], self.weights[rows], shift)
+        return Batch(self.target[rows], self.keep[rows], self.weights[rows], shift)
 
 
 class LinearLoss(torch.autograd.Function):
@@ -84,7 +84,7 @@ class LinearLoss(torch.autograd.Function):
         prepared: Prepared | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         needs = (False, False, False) if prepared is None else prepared.needs
-        rows, grads = _run(hidden, weight, bias, _Batch(target, keep, row_weights, shift), plan, needs)
+        rows, grads = run_chunks(hidden, weight, bias, Batch(target, keep, row_weights, shift), plan, needs)
         if prepared is not None and any(needs):
             prepared.grads = grads
         weighted = rows.value * row_weights
@@ -131,7 +131,7 @@ class _LinearLossGradients(torch.autograd.Function):
         grads = None if prepared is None else prepared.take(needs, upstream)
         if grads is None:
             weights = row_weights * upstream.to(row_weights.dtype)
-            return _run(hidden, weight, bias, _Batch(target, keep, weights, shift), plan, needs)[1]
+            return run_chunks(hidden, weight, bias, Batch(target, keep, weights, shift), plan, needs)[1]
         return grads
 
     @staticmethod
@@ -144,8 +144,8 @@ class _LinearLossGradients(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _run(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch, plan: Plan, needs: tuple[bool, ...]
+def run_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, plan: Plan, needs: tuple[bool, ...]
 ) -> tuple[_Rows, Grads]:
     """Losses of all rows (0 where ignored), and the gradients of their sum by the weights of the batch."""
     (count, features), classes, grad = hidden.shape, weight.shape[0], any(needs)
@@ -261,7 +261,7 @@ def _accumulate(total: Tensor, gradient: Tensor, states: Tensor) -> None:
         total += torch.mm(gradient.t(), states)
 
 
-def _has_kernel(logits: Tensor, batch: _Batch, plan: Plan) -> bool:
+def _has_kernel(logits: Tensor, batch: Batch, plan: Plan) -> bool:
     """Whether compiled passes can do all that the plan asks for."""
     if logits.device.type == "cpu" or explain("linear_rows", logits) is not None:
         return False
@@ -272,7 +272,7 @@ def _has_kernel(logits: Tensor, batch: _Batch, plan: Plan) -> bool:
     return is_row_loss(plan.loss) or (is_transport_loss(plan.loss) and plan.loss.ground_cost.matrix is None)
 
 
-def _rows_of_kernel(logits: Tensor, cost: Tensor | None, batch: _Batch, plan: Plan, *, grad: bool) -> _Rows:
+def _rows_of_kernel(logits: Tensor, cost: Tensor | None, batch: Batch, plan: Plan, *, grad: bool) -> _Rows:
     """As `_rows_of`, in two passes over the logits."""
     smoothing, empty = plan.label_smoothing, logits.new_empty(0)
     ignored, classes = ~batch.keep, logits.shape[1]
@@ -307,7 +307,7 @@ def _rows_of_kernel(logits: Tensor, cost: Tensor | None, batch: _Batch, plan: Pl
     return _Rows(value.masked_fill(ignored, 0.0), nll.masked_fill(ignored, 0.0), correct, expected)
 
 
-def _rows_of(logits: Tensor, cost: Tensor | None, batch: _Batch, plan: Plan, *, grad: bool) -> _Rows:
+def _rows_of(logits: Tensor, cost: Tensor | None, batch: Batch, plan: Plan, *, grad: bool) -> _Rows:
     """Losses of some rows; with `grad` the logits are overwritten by the gradient of the weighted sum."""
     if _has_kernel(logits, batch, plan):
         return _rows_of_kernel(logits, cost, batch, plan, grad=grad)
@@ -337,7 +337,7 @@ def _rows_of(logits: Tensor, cost: Tensor | None, batch: _Batch, plan: Plan, *, 
 
 
 def _row_loss(
-    logits: Tensor, cost: Tensor | None, batch: _Batch, plan: Plan, *, grad: bool
+    logits: Tensor, cost: Tensor | None, batch: Batch, plan: Plan, *, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values, negative log-likelihoods and expected costs; with `grad` the logits become the gradient."""
     target, smoothing = batch.target[:, None], plan.label_smoothing
@@ -379,7 +379,7 @@ def _row_loss(
     return value.masked_fill(ignored, 0.0), nll.masked_fill(ignored, 0.0), expected
 
 
-def _any_loss(logits: Tensor, batch: _Batch, loss: TokenLoss, *, grad: bool) -> Tensor:
+def _any_loss(logits: Tensor, batch: Batch, loss: TokenLoss, *, grad: bool) -> Tensor:
     """Values of a callable; with `grad` the logits are overwritten by the gradient of the weighted sum."""
     if not callable(loss):
         raise TypeError("a callable is needed")

@@ -1,10 +1,12 @@
-"""What chunked losses share: gradients computed in the forward call, and refusals of transforms."""
+"""What chunked losses share: gradients computed in the forward call, refusals of transforms, and compilers."""
 
+import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Grads", "Prepared", "refusal"]
+__all__ = ["Grads", "Prepared", "compiles", "outside", "refusal"]
 
 Grads = tuple[Tensor | None, ...]
 
@@ -16,6 +18,19 @@ def refusal(message: str) -> Any:
         raise RuntimeError(message)
 
     return staticmethod(refuse)
+
+
+def compiles() -> bool:
+    """Whether a compiler is to take operators. Those of torch do not work within transforms of `torch.func`."""
+    return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def outside(function: Any, reason: str) -> Any:
+    """A function that no compiler traces: its own derivative of chunks that are written in place would be wrong."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=reason)
+    # It looks also into what is called where it gave up another function.
+    return torch.compiler.disable(function, reason=reason) if "torch._dynamo" in sys.modules else function
 
 
 class Prepared:

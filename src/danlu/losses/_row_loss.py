@@ -5,7 +5,7 @@ Source: the coefficients follow from the chain rule, see [`linear_loss`][danlu.l
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +13,19 @@ from torch import Tensor
 from danlu._common.checks import check_real
 from danlu.losses._ground_cost import GroundCost
 
-__all__ = ["CrossEntropy", "RowFunction", "RowLoss", "TransportRowLoss", "is_row_loss", "is_transport_loss"]
+__all__ = [
+    "CrossEntropy",
+    "Parts",
+    "RowFunction",
+    "RowLoss",
+    "TransportRowLoss",
+    "from_parts",
+    "is_row_loss",
+    "is_transport_loss",
+    "parts_of",
+    "register_parts",
+    "values_of",
+]
 
 
 class RowLoss(Protocol):
@@ -60,6 +72,38 @@ def is_transport_loss(loss: object) -> TypeGuard[TransportRowLoss]:
     return hasattr(loss, "value_and_derivatives")
 
 
+class Parts(NamedTuple):
+    """A row loss taken apart into what an operator takes: a name, numbers and tensors. Its smoothing is not in it."""
+
+    kind: str
+    numbers: tuple[float, ...] = ()
+    first: Tensor | None = None
+    second: Tensor | None = None
+
+
+_TAKE_APART: dict[type, Callable[[Any], Parts]] = {}
+_PUT_TOGETHER: dict[str, Callable[[Parts], RowLoss | TransportRowLoss]] = {}
+
+
+def register_parts(
+    kind: type, name: str, take_apart: Callable[[Any], Parts], put_together: Callable[[Parts], Any]
+) -> None:
+    """Say how losses of this class come apart, and together again; their kinds begin with `name` (up to a slash)."""
+    _TAKE_APART[kind] = take_apart
+    _PUT_TOGETHER[name] = put_together
+
+
+def parts_of(loss: object) -> Parts | None:
+    """The parts of a row loss of this package; None for any other, subclasses included."""
+    take_apart = _TAKE_APART.get(type(loss))
+    return None if take_apart is None else take_apart(loss)
+
+
+def from_parts(parts: Parts) -> RowLoss | TransportRowLoss:
+    """The row loss of some parts, without its smoothing."""
+    return _PUT_TOGETHER[parts.kind.partition("/")[0]](parts)
+
+
 @dataclass(frozen=True)
 class CrossEntropy:
     r"""Cross entropy as a row loss for [`linear_loss`][danlu.losses.linear_loss].
@@ -96,6 +140,9 @@ class CrossEntropy:
     def value_and_derivative(self, nll: Tensor) -> tuple[Tensor, Tensor]:
         r"""$\ell$ and 1."""
         return nll, torch.ones_like(nll)
+
+
+register_parts(CrossEntropy, "cross_entropy", lambda _: Parts("cross_entropy"), lambda _: CrossEntropy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,15 +189,21 @@ class RowFunction:
         r"""$\varphi(\ell)$ and its derivative, or the coefficient that the function gives."""
         with torch.enable_grad():
             leaf = nll.detach().requires_grad_()
-            found = self.function(leaf)
-            value, slope = found if isinstance(found, tuple) else (found, None)
-            for part in (value,) if slope is None else (value, slope):
-                if not isinstance(part, Tensor) or part.shape != nll.shape:
-                    shape = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-                    raise ValueError(f"function must return one value per row, shape {tuple(nll.shape)}, got {shape}")
+            value, slope = values_of(self, leaf)
             if slope is None:
                 if not value.requires_grad:
                     slope = torch.zeros_like(nll)
                 else:
                     (slope,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), slope.detach()
+
+
+def values_of(loss: RowFunction, nll: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the user's function gives: values, and coefficients if it has its own."""
+    found = loss.function(nll)
+    value, slope = found if isinstance(found, tuple) else (found, None)
+    for part in (value,) if slope is None else (value, slope):
+        if not isinstance(part, Tensor) or part.shape != nll.shape:
+            shape = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"function must return one value per row, shape {tuple(nll.shape)}, got {shape}")
+    return value, slope

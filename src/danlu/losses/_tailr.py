@@ -9,7 +9,7 @@ Shape letters: `V` classes; `...` batch axes.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from danlu._common.checks import check_choice, check_dim, check_floating, check_integer, check_real
 from danlu._common.reduction import Reduction, check_reduction, reduce_loss
 from danlu.losses._linear import linear_loss
+from danlu.losses._row_loss import Parts, register_parts
 from danlu.losses._targets import check_range, check_row_values, check_targets, negative_log_likelihood
 
 __all__ = ["TaiLr", "TaiLrLoss", "linear_tailr_loss", "tailr_loss", "tailr_unbias"]
@@ -360,6 +361,22 @@ class TaiLr:
         if self.value == "weighted":
             return weight * nll, weight
         return _bounded_potential(nll, self.gamma, self.min_weight), weight
+
+
+def _parts(loss: TaiLr) -> Parts:
+    kind = f"tailr/{loss.value}"
+    if isinstance(loss.gamma, Tensor):
+        return Parts(kind, (loss.min_weight,), loss.gamma.detach())
+    return Parts(kind, (loss.min_weight, loss.gamma))
+
+
+def _from_parts(parts: Parts) -> TaiLr:
+    min_weight, *gamma = parts.numbers
+    value = cast(TaiLrValue, parts.kind.partition("/")[2])
+    return TaiLr(gamma[0] if parts.first is None else parts.first, min_weight=min_weight, value=value)
+
+
+register_parts(TaiLr, "tailr", _parts, _from_parts)
 
 
 class TaiLrLoss(nn.Module):
