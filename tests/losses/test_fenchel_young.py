@@ -185,3 +185,13 @@ def test_errors(alpha):
         EntmaxLoss(alpha)
     with pytest.raises(ValueError, match="reduction must be one of"):
         SparsemaxLoss(reduction="avg")
+
+
+@pytest.mark.parametrize("loss", [entmax_loss, sparsemax_loss])
+def test_forward_mode_raises_and_names_the_way_out(loss):
+    logits, target = torch.linspace(-1, 4, 12).sin().view(3, 4), torch.tensor([0, 2, -100])
+    with pytest.raises(NotImplementedError, match=r"their losses have no forward-mode .* torch\.func\.grad of a loss"):
+        torch.func.jvp(lambda x: loss(x, target), (logits,), (logits,))
+    direction = torch.func.grad(lambda x: loss(x, target))(logits) * logits
+    step = (loss(logits + 1e-2 * logits, target) - loss(logits - 1e-2 * logits, target)) / 2e-2
+    torch.testing.assert_close(direction.sum(), step, rtol=1e-3, atol=1e-4)

@@ -1,6 +1,7 @@
 """What is true of alpha-entmax alone."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -312,6 +313,12 @@ def test_error_of_the_module():
         Entmax(0.9)
 
 
-def test_forward_mode_raises():
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(entmax15, (X,), (X,))
+@pytest.mark.parametrize("function", [entmax15, partial(entmax, alpha=1.3), partial(entmax, alpha=torch.tensor(1.3))])
+def test_forward_mode_raises_and_names_the_way_out(function):
+    """The Jacobian is symmetric, so the other product is the same."""
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative; take reverse mode: torch\.func\.vjp"):
+        torch.func.jvp(function, (X,), (X,))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(torch.func.grad(lambda x: function(x).square().sum()), (X,), (X,))
+    v = torch.ones_like(X).cumsum(-1)
+    torch.testing.assert_close(torch.func.vjp(function, X)[1](v)[0], torch.func.jacrev(function)(X) @ v)

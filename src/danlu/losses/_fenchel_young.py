@@ -70,7 +70,7 @@ def entmax_loss(
 
     Cost:
         One entmax; only its result is kept for the backward, which is one pass. Second derivatives are right: they are
-        those of entmax.
+        those of entmax. Forward-mode derivatives raise: take `torch.func.grad`.
 
     Differences:
         The article's generic surrogate $\langle p - e_t, \operatorname{sg}(x)\rangle$ does not have the gradient

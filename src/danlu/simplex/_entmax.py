@@ -62,7 +62,7 @@ def entmax(input: Tensor, alpha: float | Tensor = 1.5, *, dim: int = -1, impl: I
         get a probability. For $\alpha \le 2$ Newton's method takes 2 to 10 steps on them, beyond 2 a bisection about
         50. Only the result is saved for the backward. A tensor `alpha` costs several passes in the backward. Second
         derivatives, `vmap`, reverse-mode `torch.func` transforms and `torch.compile(fullgraph=True)` work;
-        forward-mode derivatives raise.
+        forward-mode derivatives raise: take `torch.func.vjp`, the Jacobian is symmetric.
 
     Differences:
         Newton on $\lVert\cdot\rVert_{1/(\alpha-1)}$ and not a bisection: exact, and faster. Its unknown is the distance

@@ -23,6 +23,10 @@ __all__ = ["Implementation", "check_implementation", "entmax_along", "entmax_of_
 
 Implementation = Literal["auto", "reference", "cpp", "triton"]
 _DEVICE = {"cpp": "cpu", "triton": "cuda"}
+_NO_FORWARD_MODE = (
+    "entmax, sparsemax and their losses have no forward-mode derivative; take reverse mode: torch.func.vjp in place of "
+    "jvp, as the Jacobian of the maps is symmetric, and torch.func.grad of a loss"
+)
 
 
 def check_implementation(impl: str) -> None:
@@ -32,12 +36,12 @@ def check_implementation(impl: str) -> None:
 
 def entmax_along(input: Tensor, alpha: float, dim: int, impl: str) -> Tensor:
     r"""The map along `dim` for one $\alpha \ge 1$."""
-    return _Rows.apply(input.movedim(dim, -1), alpha, impl).movedim(-1, dim)
+    return _applied(_Rows)(input.movedim(dim, -1), alpha, impl).movedim(-1, dim)
 
 
 def entmax_of_rows(input: Tensor, alpha: Tensor, impl: str) -> Tensor:
     r"""The map along the last axis with an $\alpha$ for every row, shape `(..., 1)`, and with its gradient."""
-    return _RowsOfTensor.apply(input, alpha, impl)
+    return _applied(_RowsOfTensor)(input, alpha, impl)
 
 
 # ------------------------------------------------------------------------------------------------------- the solution
@@ -286,12 +290,12 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return _RowsVjp.apply(*ctx.saved_tensors, grad_outputs[0], ctx.alpha, ctx.impl), None, None
+        return _applied(_RowsVjp)(*ctx.saved_tensors, grad_outputs[0], ctx.alpha, ctx.impl), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         input, alpha, impl = args
-        return _Rows.apply(input.movedim(in_dims[0], 0), alpha, impl), 0
+        return _applied(_Rows)(input.movedim(in_dims[0], 0), alpha, impl), 0
 
 
 class _RowsVjp(torch.autograd.Function):
@@ -314,11 +318,11 @@ class _RowsVjp(torch.autograd.Function):
         s = _weights(wide, ctx.alpha)
         slope = (2.0 - ctx.alpha) * _weights(wide, ctx.alpha + 1.0)
         d_p = slope * (first - _mean(s, first)) * (second - _mean(s, second))
-        return d_p.to(p.dtype), _RowsVjp.apply(p, u, ctx.alpha, ctx.impl), None, None
+        return d_p.to(p.dtype), _applied(_RowsVjp)(p, u, ctx.alpha, ctx.impl), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        return _RowsVjp.apply(*batch_first(info, args[:2], in_dims[:2]), *args[2:]), 0
+        return _applied(_RowsVjp)(*batch_first(info, args[:2], in_dims[:2]), *args[2:]), 0
 
 
 class _RowsOfTensor(torch.autograd.Function):
@@ -346,4 +350,19 @@ class _RowsOfTensor(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        return _RowsOfTensor.apply(*batch_first(info, args[:2], in_dims[:2]), args[2]), 0
+        return _applied(_RowsOfTensor)(*batch_first(info, args[:2], in_dims[:2]), args[2]), 0
+
+
+def _refuse(*args: Any) -> Any:
+    raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+# The same with an error that says what to do. Compilers do not trace functions with a forward-mode derivative.
+_REFUSING: dict[type[torch.autograd.Function], Any] = {
+    function: type(function.__name__, (function,), {"jvp": staticmethod(_refuse)})
+    for function in (_Rows, _RowsVjp, _RowsOfTensor)
+}
+
+
+def _applied(function: type[torch.autograd.Function]) -> Any:
+    return function.apply if torch.compiler.is_compiling() else _REFUSING[function].apply

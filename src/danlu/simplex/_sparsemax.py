@@ -45,7 +45,7 @@ def sparsemax(input: Tensor, *, dim: int = -1, impl: Implementation = "auto") ->
         $O(N)$ and one pass over the scores where few of them are within 1 of the maximum: only those can get a
         probability. Newton's method then takes 2 to 9 steps on them. Only the result is saved for the backward.
         Second derivatives, `vmap`, reverse-mode `torch.func` transforms and `torch.compile(fullgraph=True)` work;
-        forward-mode derivatives raise.
+        forward-mode derivatives raise: take `torch.func.vjp`, the Jacobian is symmetric.
 
     Differences:
         No sorting. The package `entmax` fails on fully masked slices and NaN, and has no second derivative.
