@@ -1,6 +1,6 @@
-r"""Queries scaled by the logarithm of the number of keys that they see, so that attention over more keys stays peaked.
+r"""The number of keys that each query sees, for [`logn_scale`][danlu.positions.logn_scale].
 
-Source: "Transformer升级之路:12、无限外推的ReRoPE?" (2023-08-07), and "从熵不变性看Attention的Scale操作" (2021-12-21).
+Source: "Transformer升级之路:12、无限外推的ReRoPE?" (2023-08-07).
 
 Shape letters: as in `danlu.attention._rerope`.
 """
