@@ -5,12 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from danlu.attention import ReRoPE, _bands, rerope_attention, rope_attention
 from danlu.attention._band_calls import Call
-from danlu.attention._band_kernels import forward
+from danlu.attention._band_kernels import Plan, forward
 
 # Keys, queries, window, slope; the first eight are the cases of the article's algorithm.
 CASES = [
@@ -56,7 +57,7 @@ causality = pytest.mark.parametrize("is_causal", [True, False])
 def kernel(request, monkeypatch):
     """Both kernels; the portable one is what other devices run."""
     if request.param == "portable":
-        monkeypatch.setattr(_bands, "has_flash", lambda query: False)
+        monkeypatch.setattr(_bands, "kernel_of", lambda query, value: "portable")
     return request.param
 
 
@@ -255,7 +256,7 @@ def test_the_kernel_says_zero_for_rows_that_see_nothing():
     _bands._merge(wrong, wrong_total, out, total)
     assert (wrong - near).abs().max() > 0.1
     call = Call("left", slice(0, 4), slice(0, 4), "masked")
-    out, total = forward(call, query, key, value, hidden, 1.0, portable=False)
+    out, total = forward(call, query, key, value, hidden, Plan("cpu", 1.0, 4, is_causal=True))
     right, right_total = near.clone(), near_total.clone().contiguous()
     _bands._merge(right, right_total, out, total)
     assert torch.equal(right, near)
@@ -303,7 +304,6 @@ def test_a_second_derivative_is_refused():
 
 
 def test_compiles_whole():
-    torch._dynamo.reset()
     inputs = tensors(80, 80, dtype=torch.float32)
     module = ReRoPE(window=8, backend="banded")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -313,7 +313,6 @@ def test_compiles_whole():
 
 
 def test_compiles_whole_with_masks():
-    torch._dynamo.reset()
     query, key, value = tensors(80, 80, dtype=torch.float32)
     padding = torch.arange(80) >= torch.tensor([[0], [9]])
     for options in (
@@ -337,10 +336,26 @@ def test_unknown_backends_are_refused():
         ReRoPE(window=4, backend="flash")
 
 
-@pytest.mark.parametrize("function", [rope_attention, partial(rerope_attention, window=64)], ids=["rope", "rerope"])
-def test_compiled_gradients_of_whole_bands(function):
-    """Long enough that the kernel's gradients come as they are, in strides of its own."""
-    function = partial(function, backend="banded")
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_strides_are_those_that_the_fake_promises(is_causal):
+    """Long enough that the kernel's gradients come as they are, in strides of its own; a compiler relies on ours."""
+    query, key, value = (torch.randn(1, 2, 320, 16).transpose(1, 2).contiguous().transpose(1, 2) for _ in range(3))
+    for far in ((None, None, None), (query, None if is_causal else query, key)):
+        given = query, key, *far, value, None, None, None, None
+        options = is_causal, 64 if far[0] is not None else 320, 0.25, "cpu"
+        out, total = _bands._forward(*given, *options)
+        grads = _bands._backward(*given, out, total, out, *options)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            faked = [None if x is None else mode.from_tensor(x) for x in given]
+            promised = _bands._forward(*faked, *options)
+            promised = [*promised, *_bands._backward(*faked, *promised, promised[0], *options)]
+        for real, fake in zip((out, total, *grads), promised, strict=True):
+            assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+@pytest.mark.slow
+def test_compiled_gradients_of_whole_bands():
+    function = partial(rerope_attention, window=64, backend="banded")
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, 2, 320, 16, generator=generator).requires_grad_() for _ in range(3)]
     expected = torch.autograd.grad(function(*tensors).square().sum(), tensors)

@@ -1,6 +1,7 @@
 """ReRoPE alone: the pairwise definition, limits, invariances, bad input."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -178,3 +179,135 @@ def test_device_mismatch_names_the_tensors():
     query, key, value = torch.randn(3, 1, 1, 4, 4)
     with pytest.raises(ValueError, match="query on cpu, key on meta, value on cpu"):
         rerope_attention(query, key.to("meta"), value, window=2)
+
+
+def test_positions_that_are_slots_change_nothing():
+    query, key, value = torch.randn(3, 2, 2, 30, 8, dtype=torch.float64)
+    for options in ({"window": 7, "slope": 0.3}, {"window": 99}):
+        for positions in (torch.arange(30), torch.arange(30.0) + 5, torch.arange(30).expand(2, -1) + 10**6):
+            expected = rerope_attention(query, key, value, **options)
+            found = rerope_attention(query, key, value, positions=positions, **options)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+# Steps that are wide, narrow, none and fractions; samples of their own.
+GIVEN = {
+    "gaps": torch.tensor([0, 3, 4, 20, 21, 22, 23, 50, 51, 60]).repeat_interleave(7),
+    "fractions": torch.linspace(0, 23.5, 70),
+    "samples": torch.rand(2, 70, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(1) * 3,
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("queries", [70, 20])
+def test_positions_against_the_pairwise_definition(given, is_causal, queries):
+    positions = GIVEN[given].double().expand(2, -1)
+    generator = torch.Generator().manual_seed(3)
+    shapes = (2, 1, queries, 8), (2, 1, 70, 8), (2, 1, 70, 8)
+    query, key, value = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    window, slope, frequencies = 6, 0.4, rope_frequencies(8)
+    own = positions[:, 70 - queries :]
+    distance = own[:, :, None] - positions[:, None]
+    clipped_to = distance.sign() * torch.where(
+        distance.abs() < window, distance.abs(), window + (distance.abs() - window) * slope
+    )
+    angles = clipped_to[..., None] * frequencies
+    first, second = key[:, 0, None, :, :4], key[:, 0, None, :, 4:]
+    # The key turned back by the distance.
+    turned = torch.cat((first * angles.cos() + second * angles.sin(), second * angles.cos() - first * angles.sin()), -1)
+    scores = (query[:, 0, :, None] * turned).sum(-1) * 8**-0.5
+    if is_causal:
+        slots = torch.arange(70)
+        scores = scores.masked_fill(slots > slots[70 - queries :, None], -torch.inf)
+    expected = (torch.softmax(scores, -1) @ value[:, 0])[:, None]
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    results = [expected, *torch.autograd.grad(expected, (query, key, value), upstream, retain_graph=True)]
+    for backend in ("reference", "banded"):
+        found = rerope_attention(
+            *(query, key, value),
+            window=window,
+            slope=slope,
+            is_causal=is_causal,
+            positions=GIVEN[given],
+            backend=backend,
+        )
+        grads = torch.autograd.grad(found, (query, key, value), upstream)
+        for x, y in zip((found, *grads), results, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+    # Plain RoPE, whose bands need no tiles.
+    plain = [
+        rope_attention(query, key, value, is_causal=is_causal, positions=GIVEN[given], backend=backend)
+        for backend in ("reference", "banded")
+    ]
+    torch.testing.assert_close(*plain, rtol=0, atol=1e-12)
+    wide = rerope_attention(query, key, value, window=1000, is_causal=is_causal, positions=GIVEN[given])
+    torch.testing.assert_close(wide, plain[0], rtol=0, atol=1e-12)
+
+
+def test_positions_with_padding_and_log_n():
+    query, key, value = torch.randn(3, 2, 2, 70, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    visible = torch.arange(70) >= torch.tensor([[0], [30]])
+    options = {"window": 6, "positions": GIVEN["samples"], "logn": "post", "train_length": 12}
+    for backend in ("reference", "banded"):
+        out = rerope_attention(query, key, value, key_padding_mask=visible, backend=backend, **options)
+        assert (out[1, :, :30] == 0).all()
+        alone = rerope_attention(
+            *(x[1:, :, 30:] for x in (query, key, value)),
+            **{**options, "positions": GIVEN["samples"][1:, 30:]},
+        )
+        torch.testing.assert_close(out[1:, :, 30:], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("positions", "error", "match"),
+    [
+        ([0, 1], TypeError, "positions must be integers, float32 or float64, got list"),
+        (torch.arange(6).half(), TypeError, "got torch.float16"),
+        (torch.arange(5), ValueError, r"positions must have shape \(N,\) or \(B, N\) = \(1, 6\), got \(5,\)"),
+        (
+            torch.tensor([0, 1, 3, 2, 4, 5]),
+            ValueError,
+            r"must not fall along the slots, but they do behind index \[2\]",
+        ),
+    ],
+)
+def test_bad_positions(positions, error, match):
+    x = torch.randn(1, 2, 6, 8)
+    for function in (rope_attention, partial(rerope_attention, window=2)):
+        with pytest.raises(error, match=match):
+            function(x, x, x, positions=positions)
+        with pytest.raises(ValueError, match="so there cannot be others with cu_seqlens"):
+            function(x, x, x, positions=torch.arange(6), cu_seqlens=torch.tensor([0, 6]))
+
+
+def test_dropout_is_of_the_weights():
+    """Each weight is 0 or 1 / (1 - p) of what it was, and the mean over many draws is attention without dropout."""
+    query, key = torch.randn(2, 1, 2, 12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value = torch.eye(12, dtype=torch.float64).expand(1, 2, -1, -1)
+    torch.manual_seed(0)
+    for function in (rope_attention, partial(rerope_attention, window=4), partial(rerope_attention, window=99)):
+        plain = function(query, key, value)
+        drawn = torch.stack([function(query, key, value, dropout_p=0.25) for _ in range(150)])
+        kept = drawn != 0
+        torch.testing.assert_close(drawn[kept], (plain / 0.75).expand_as(drawn)[kept])
+        assert float(kept[:, plain != 0].double().mean()) == pytest.approx(0.75, abs=0.02)
+        torch.testing.assert_close(drawn.mean(0), plain, rtol=0, atol=0.25)
+    module = ReRoPE(window=4, dropout_p=0.5)
+    assert "dropout_p=0.5" in repr(module)
+    assert not torch.equal(module(query, key, value), module(query, key, value))
+    module.eval()
+    assert torch.equal(module(query, key, value), rerope_attention(query, key, value, window=4))
+
+
+def test_dropout_where_there_is_none():
+    x = torch.randn(1, 2, 300, 8)
+    with pytest.raises(ValueError, match="backend='banded' cannot run: the bands have no dropout"):
+        rerope_attention(x, x, x, window=4, dropout_p=0.1, backend="banded")
+    with pytest.warns(UserWarning, match="holds all scores, because the bands have no dropout"):
+        rerope_attention(x, x, x, window=4, dropout_p=0.1)
+    for bad in (1.0, -0.1):
+        with pytest.raises(ValueError, match="dropout_p must be in"):
+            rerope_attention(x, x, x, window=4, dropout_p=bad)
+    with pytest.raises(ValueError, match="dropout_p must be in"):
+        ReRoPE(window=4, dropout_p=1.0)

@@ -41,10 +41,10 @@ def test_other_devices_bound_the_memory():
 
 
 def test_the_limits():
-    assert not in_bands("auto", *tensors(255)[:2], None)
-    assert in_bands("auto", *tensors(256)[:2], None)
+    assert not in_bands("auto", *tensors(255), None, 0.0)
+    assert in_bands("auto", *tensors(256), None, 0.0)
     # Nothing to attend to.
-    assert not in_bands("banded", *tensors(0)[:2], None)
+    assert not in_bands("banded", *tensors(0), None, 0.0)
 
 
 def test_a_mask_that_needs_a_gradient_is_dense_and_says_so():

@@ -192,7 +192,7 @@ def test_dtypes(kind, prefix, dtype, mask):
 @pytest.mark.parametrize("last_rows", ["named", "mask", "padded"])
 def test_other_kernels_give_the_same(kind, prefix, last_rows, monkeypatch):
     """Where there is no flash kernel of ours, torch's attention is called; here with its own dense fallback."""
-    monkeypatch.setattr(module, "has_flash", lambda query: False)
+    monkeypatch.setattr(module, "kernel_of", lambda query, value: "portable")
     monkeypatch.setattr(module, "_has_lower_right", lambda query: last_rows == "named")
     monkeypatch.setattr(module, "_FEW", 128 if last_rows == "mask" else 0)
     for rows in (13, 6):
@@ -209,7 +209,7 @@ def test_other_kernels_give_the_same(kind, prefix, last_rows, monkeypatch):
 @pytest.mark.parametrize(("kind", "prefix"), [("prefix", 5), ("forward_backward", 5)])
 @pytest.mark.parametrize("few", [0, 128])
 def test_other_kernels_compile(kind, prefix, few, monkeypatch):
-    monkeypatch.setattr(module, "has_flash", lambda query: False)
+    monkeypatch.setattr(module, "kernel_of", lambda query, value: "portable")
     monkeypatch.setattr(module, "_FEW", few)
     for rows in (13, 6):
         check_compiled("aot_eager", tensors(rows=rows), kind=kind, prefix_lengths=prefix)

@@ -302,6 +302,20 @@ def test_bidirectional_models_stay_so():
         torch.testing.assert_close(padded[:, 5:], plain, rtol=0, atol=1e-4)
 
 
+def test_dropout_of_attention_in_training():
+    model, ids = make("llama"), tokens(12)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with patch(model, window=5):
+        plain = logits(model, ids)
+        assert torch.equal(logits(model, ids), plain)
+        model.train()
+        first, second = logits(model, ids), logits(model, ids)
+    assert not torch.equal(first, second)
+    # The first token sees itself alone, with a weight of 0 or 2.
+    assert first.isfinite().all()
+
+
 def with_layers(kind):
     model = make("llama")
     model.config.layer_types = ["full_attention", kind]
@@ -437,9 +451,6 @@ def test_what_attention_cannot_do_is_refused_when_it_is_asked_for():
         function(attention, query, key, key, None, softcap=30.0)
     with pytest.raises(ValueError, match="does not know the option 's_aux'"):
         function(attention, query, key, key, None, s_aux=torch.zeros(4))
-    attention.train()
-    with pytest.raises(ValueError, match="without attention dropout"):
-        function(attention, query, key, key, None, dropout=0.1)
     assert isinstance(getattr(attention, _SETTINGS), _Settings)
     handle.remove()
     with pytest.raises(TypeError, match="this attention module is not patched"):

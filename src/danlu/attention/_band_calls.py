@@ -38,6 +38,8 @@ class Masks:
     key_padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     attn_mask: Tensor | None = None
+    # Of the keys, (B, N), float64; None where they are the slots. They say which keys are near.
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,14 @@ class Call:
     """One call of a kernel: a band, its rows and keys, and which of them see each other.
 
     "causal": square, a row sees the keys up to its own place. "mirrored": square, from its own place on. "tile": a
-    window, in the columns of `tile_mask` from `mask_from` on. "masked": by comparison of slots and by the masks.
+    window, in the columns of `tile_mask` from `mask_from` on. "window": all of a window, for kernels that know one;
+    rows and keys end together. "masked": by comparison of slots and by the masks.
     """
 
     band: Literal["left", "near", "right"]
     rows: slice
     keys: slice
-    shape: Literal["full", "causal", "mirrored", "tile", "masked"]
+    shape: Literal["full", "causal", "mirrored", "tile", "window", "masked"]
     mask_from: int = 0
 
 
@@ -71,7 +74,7 @@ def jobs(rows: int, keys: int, masks: Masks, *, spans: bool = True) -> list[Job]
     Looking for gaps waits for a GPU; without `spans` any padding is left to the calls.
     """
     everything, masked = (Job(None, slice(0, rows), slice(0, keys), masked=masked) for masked in (False, True))
-    if masks.attn_mask is not None:
+    if masks.attn_mask is not None or masks.positions is not None:
         return [masked]
     if masks.cu_seqlens is not None:
         borders = masks.cu_seqlens.tolist()
@@ -103,11 +106,12 @@ def visible_spans(key_padding_mask: Tensor) -> dict[tuple[int, int], Tensor] | N
     return {(low, high): (owner == i).nonzero()[:, 0] for i, (low, high) in enumerate(pairs.tolist())}
 
 
-def band_calls(rows: int, keys: int, window: int, is_causal: bool) -> Iterator[Call]:
+def band_calls(rows: int, keys: int, window: int, is_causal: bool, *, windows: bool = False) -> Iterator[Call]:
     """The calls when nothing is masked, far bands first; the rows are the last of the slots.
 
     Far keys to the left, at slots up to `window` before the row's, are a square causal call of shifted rows, after a
-    full one for slots that every row sees. Far keys to the right are its mirror image.
+    full one for slots that every row sees. Far keys to the right are its mirror image. Near keys are tiles of rows, or
+    one call of a kernel that knows `windows`.
     """
     offset = keys - rows
     first = offset - window
@@ -120,6 +124,9 @@ def band_calls(rows: int, keys: int, window: int, is_causal: bool) -> Iterator[C
         yield Call("right", slice(0, rows - window), slice(offset + window, keys), "mirrored")
     if not is_causal and window >= keys:
         yield Call("near", slice(0, rows), slice(0, keys), "full")
+        return
+    if windows:
+        yield Call("near", slice(0, rows), slice(max(0, offset - window + 1), keys), "window")
         return
     begin = 0
     if is_causal and offset == 0:
@@ -140,18 +147,37 @@ def tile_mask(window: int, is_causal: bool, device: torch.device) -> Tensor:
     return (column >= row) & (column < row + width)
 
 
-def tile_calls(rows: int, keys: int, window: int, is_causal: bool) -> Iterator[Call]:
-    """The calls when any pair may be hidden: tiles of rows against the keys that are in reach of one of them."""
+def tile_calls(rows: int, keys: int, window: int, is_causal: bool, positions: Tensor | None = None) -> Iterator[Call]:
+    """The calls when any pair may be hidden: tiles of rows against the keys that are in reach of one of them.
+
+    Positions, sorted, of shape `(B, N)`, are those of `Masks`.
+    """
     offset = keys - rows
     for low in range(0, rows, TILE):
         high = min(low + TILE, rows)
         first, last = offset + low, offset + high - 1
-        near = slice(max(0, first - window + 1), last + 1 if is_causal else min(keys, last + window))
-        yield Call("near", slice(low, high), near, "masked")
-        if last >= window:
-            yield Call("left", slice(low, high), slice(0, last - window + 1), "masked")
-        if not is_causal and first + window < keys:
-            yield Call("right", slice(low, high), slice(first + window, keys), "masked")
+        if positions is None:
+            # Where near keys begin for the first row and for the last, and where they end.
+            begin, left = max(0, first - window + 1), max(0, last - window + 1)
+            right, end = min(keys, first + window), min(keys, last + window)
+        else:
+            begin, left, right, end = _near_slots(positions, first, last, window)
+        yield Call("near", slice(low, high), slice(begin, last + 1 if is_causal else end), "masked")
+        if left:
+            yield Call("left", slice(low, high), slice(0, left), "masked")
+        if not is_causal and right < keys:
+            yield Call("right", slice(low, high), slice(right, keys), "masked")
+
+
+def _near_slots(positions: Tensor, first: int, last: int, window: int) -> tuple[int, int, int, int]:
+    """The first near slot of the first row and of the last, and the first slots to the right that are not near."""
+    if positions.device.type != "cpu":
+        # Looking would wait for the device; the masks tell the bands apart.
+        return 0, last + 1, first, positions.shape[1]
+    own = positions[:, [first, last]].contiguous()
+    left = torch.searchsorted(positions, own - window, right=True)
+    right = torch.searchsorted(positions, own + window)
+    return int(left[:, 0].amin()), int(left[:, 1].amax()), int(right[:, 0].amin()), int(right[:, 1].amax())
 
 
 def call_mask(
@@ -160,12 +186,14 @@ def call_mask(
     """Visibility of a "masked" call, broadcastable to (B, H, rows of the call, keys of the call)."""
     slots = torch.arange(keys, device=device)
     own = slots[keys - rows :][call.rows]
-    distance = own[:, None] - slots[call.keys]
+    distance = (own[:, None] - slots[call.keys])[None, None]
+    visible = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
+    if masks.positions is not None:
+        distance = (masks.positions[:, own, None] - masks.positions[:, None, call.keys])[:, None]
     if call.band == "near":
-        visible = (distance < window) & (distance >= 0 if is_causal else distance > -window)
+        visible = visible & (distance.abs() < window)
     else:
-        visible = distance >= window if call.band == "left" else distance <= -window
-    visible = visible[None, None]
+        visible = visible & (distance >= window if call.band == "left" else distance <= -window)
     if masks.attn_mask is not None:
         visible = visible & mask_visible(_of_call(masks.attn_mask, call))
     if masks.key_padding_mask is not None:

@@ -8,22 +8,55 @@ Shape letters: `B` batch; `H` query heads; `H_kv` key heads; `T` rows and `S` ke
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from danlu._common.checks import is_low_precision
+from danlu.attention import _band_cuda
 from danlu.attention._band_calls import Call
 from danlu.attention._masks import grouped_matmul
 
-__all__ = ["additive", "backward", "forward"]
+__all__ = ["Kernel", "Plan", "additive", "backward", "forward", "kernel_of"]
+
+Kernel = Literal["cpu", "cuda", "portable"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all calls share: the kernel, the factor of the scores, and the band's shape."""
+
+    kernel: str
+    scale: float
+    window: int
+    is_causal: bool
+
+    def portable(self, call: Call) -> bool:
+        """Whether plain PyTorch runs: where there is no kernel, or none that takes a mask."""
+        return self.kernel == "portable" or (self.kernel == "cuda" and call.shape == "masked")
+
+
+def kernel_of(query: Tensor, value: Tensor) -> Kernel:
+    """Which kernel hands out and takes log-sum-exps for these tensors; "portable" is plain PyTorch."""
+    if query.device.type == "cpu" and query.dtype in _CPU_DTYPES:
+        return "cpu"
+    return "cuda" if query.device.type == "cuda" and _band_cuda.why_not(query, value) is None else "portable"
+
+
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def forward(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, portable: bool
+    call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, -inf where nothing is visible; `mask` is additive, with two or four dimensions."""
-    if portable:
+    scale = plan.scale
+    if plan.portable(call):
         return _portable_forward(query, key, value, mask, scale)
+    if plan.kernel == "cuda":
+        return _band_cuda.forward(call, query, key, value, scale, plan.window, plan.is_causal)
     if call.shape == "mirrored":
         parts = [_flash(some, None, True, scale) for some in _mirrored_heads([query, key, value])]
         out, total = (torch.cat(x, 1).flip(2) for x in zip(*parts, strict=True))
@@ -42,13 +75,15 @@ def backward(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scale: float,
-    portable: bool,
+    plan: Plan,
 ) -> list[Tensor]:
     """Gradients of query, key and value; `of_rows`: upstream gradient, output, log-sum-exp, which must be finite."""
     upstream, out, total = of_rows
-    if portable:
+    scale = plan.scale
+    if plan.portable(call):
         return _portable_backward(upstream, query, key, value, out, total, mask, scale)
+    if plan.kernel == "cuda":
+        return _band_cuda.backward(call, of_rows, query, key, value, scale, plan.window, plan.is_causal)
     tensors = [upstream, query, key, value, out, total]
     if call.shape != "mirrored":
         return _flash_backward(tensors, mask, call.shape == "causal", scale)
@@ -91,10 +126,12 @@ def _portable_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch, on any device, with the scores of the call in memory."""
+    dtype = query.dtype
+    query, key, value = _wide([query, key, value])
     scores = _scores(query, key, mask, scale)
     total = scores.logsumexp(-1)
     level = total.masked_fill(total == -math.inf, 0.0)
-    return grouped_matmul((scores - level[..., None]).exp_(), value), total
+    return grouped_matmul((scores - level[..., None]).exp_(), value).to(dtype), total
 
 
 def _portable_backward(
@@ -107,11 +144,19 @@ def _portable_backward(
     mask: Tensor | None,
     scale: float,
 ) -> list[Tensor]:
+    dtype = query.dtype
+    upstream, query, key, value, out = _wide([upstream, query, key, value, out])
     weights = (_scores(query, key, mask, scale) - total[..., None]).exp_()
     inner = grouped_matmul(upstream, value.transpose(-2, -1)) - (upstream * out).sum(-1, keepdim=True)
     inner = inner * weights * scale
     heads = key.shape[1]
-    return [grouped_matmul(inner, key), _over_rows(inner, query, heads), _over_rows(weights, upstream, heads)]
+    grads = grouped_matmul(inner, key), _over_rows(inner, query, heads), _over_rows(weights, upstream, heads)
+    return [grad.to(dtype) for grad in grads]
+
+
+def _wide(tensors: list[Tensor]) -> list[Tensor]:
+    """Half inputs in float32."""
+    return [x.float() if is_low_precision(x.dtype) else x for x in tensors]
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:

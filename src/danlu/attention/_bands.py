@@ -21,15 +21,10 @@ from torch.autograd.forward_ad import unpack_dual
 
 from danlu._common.checks import is_low_precision
 from danlu.attention._band_calls import Call, Job, Masks, band_calls, call_bias, call_mask, jobs, tile_calls, tile_mask
-from danlu.attention._band_kernels import additive, backward, forward
+from danlu.attention._band_kernels import Kernel, Plan, additive, backward, forward, kernel_of
 from danlu.attention._masks import without_padding
 
-__all__ = ["banded_attention", "has_flash"]
-
-
-def has_flash(query: Tensor) -> bool:
-    """Whether there is a flash kernel that hands out and takes log-sum-exps; else tiles run in plain PyTorch."""
-    return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+__all__ = ["banded_attention"]
 
 
 def banded_attention(
@@ -41,7 +36,7 @@ def banded_attention(
     scale: float,
     is_causal: bool,
     masks: Masks,
-    portable: bool | None = None,
+    kernel: Kernel | None = None,
 ) -> Tensor:
     r"""Attention with scores $s\,q^{(1)}_i k^{(1)}_j$ where $|i - j| < w$, and those of the far tensors beyond.
 
@@ -52,26 +47,30 @@ def banded_attention(
         window: $w \ge 1$.
         scale: $s$.
         is_causal: whether keys to the right are hidden.
-        masks: what else is hidden.
-        portable: plain PyTorch instead of a flash kernel; None: where there is none.
+        masks: what else is hidden, and where keys are.
+        kernel: None: the one that there is.
     """
     query, key = near
     left, right, far_key = (None, None, None) if far is None else far
-    if portable is None:
-        portable = not has_flash(query)
+    if kernel is None:
+        kernel = kernel_of(query, value)
     channels = value.shape[-1]
     tensors = [query, key, left, right, far_key, value]
-    if not portable and channels != query.shape[-1]:
+    width = max(channels, query.shape[-1])
+    if kernel == "cuda":
+        width += -width % 8
+    if kernel != "portable" and not width == channels == query.shape[-1]:
         # The kernel has one size; channels of zeros change neither scores nor the other values.
-        width = max(channels, query.shape[-1])
         tensors = [None if x is None else nn.functional.pad(x, (0, width - x.shape[-1])) for x in tensors]
-    if portable and is_low_precision(query.dtype):
+    if kernel == "portable" and is_low_precision(query.dtype):
         tensors = [None if x is None else x.float() for x in tensors]
     if not torch.compiler.is_compiling() and any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
         # The operator would give tangents of 0.
         raise RuntimeError("attention in bands has no forward-mode derivative; use backend='reference'")
-    given = masks.key_padding_mask, masks.cu_seqlens, masks.attn_mask
-    out = _forward(*tensors, *given, is_causal, min(window, key.shape[2]), scale, portable)[0].to(query.dtype)
+    given = masks.key_padding_mask, masks.cu_seqlens, masks.attn_mask, masks.positions
+    if masks.positions is None:
+        window = min(window, key.shape[2])
+    out = _forward(*tensors, *given, is_causal, window, scale, kernel)[0].to(query.dtype)
     return out if out.shape[-1] == channels else out[..., :channels]
 
 
@@ -92,19 +91,21 @@ def _forward(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     attn_mask: Tensor | None,
+    positions: Tensor | None,
     is_causal: bool,
     window: int,
     scale: float,
-    portable: bool,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     tensors = _filled(near_query, near_key, left_query, right_query, far_key, value)
     out, total = _like_out(near_query, value)
-    masks = Masks(key_padding_mask, cu_seqlens, attn_mask)
-    for job in jobs(near_query.shape[2], near_key.shape[2], masks, spans=not portable):
+    masks = Masks(key_padding_mask, cu_seqlens, attn_mask, positions)
+    plan = Plan(kernel, scale, window, is_causal)
+    for job in jobs(near_query.shape[2], near_key.shape[2], masks, spans=kernel != "portable"):
         given = _taken(tensors, job, masks)
         part, part_total = (_part(x, job.samples, job.rows) for x in (out, total))
-        for call, mask in _planned(job, masks, window, is_causal, portable, near_query):
+        for call, mask in _planned(job, masks, plan, near_query):
             query, key = _PLACES[call.band]
             found = forward(
                 call,
@@ -112,8 +113,7 @@ def _forward(
                 given[key][:, :, call.keys],
                 given[_VALUE][:, :, call.keys],
                 mask,
-                scale,
-                portable,
+                plan,
             )
             _merge(part[:, :, call.rows], part_total[:, :, call.rows], *found)
         _put(out, part, job.samples, job.rows)
@@ -132,25 +132,27 @@ def _backward(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     attn_mask: Tensor | None,
+    positions: Tensor | None,
     out: Tensor,
     total: Tensor,
     upstream: Tensor,
     is_causal: bool,
     window: int,
     scale: float,
-    portable: bool,
+    kernel: str,
 ) -> list[Tensor]:
     """Gradients of the six tensors; those of absent ones are empty."""
     tensors = _filled(near_query, near_key, left_query, right_query, far_key, value)
     grads: list[Tensor | None] = [None] * len(tensors)
-    masks = Masks(key_padding_mask, cu_seqlens, attn_mask)
+    masks = Masks(key_padding_mask, cu_seqlens, attn_mask, positions)
+    plan = Plan(kernel, scale, window, is_causal)
     # A row that sees nothing has weights of 0, and not exp(-inf + inf).
     total = total.masked_fill(total == -math.inf, 0.0)
-    for job in jobs(near_query.shape[2], near_key.shape[2], masks, spans=not portable):
+    for job in jobs(near_query.shape[2], near_key.shape[2], masks, spans=kernel != "portable"):
         given = _taken(tensors, job, masks)
         of_rows = [_part(x, job.samples, job.rows) for x in (upstream, out, total)]
         parts: list[Tensor | None] = [None] * len(tensors)
-        for call, mask in _planned(job, masks, window, is_causal, portable, near_query):
+        for call, mask in _planned(job, masks, plan, near_query):
             query, key = _PLACES[call.band]
             found = backward(
                 call,
@@ -159,8 +161,7 @@ def _backward(
                 given[key][:, :, call.keys],
                 given[_VALUE][:, :, call.keys],
                 mask,
-                scale,
-                portable,
+                plan,
             )
             # One after the other out of the list, so that a large one is gone before the next is taken in.
             for place, where in ((_VALUE, call.keys), (key, call.keys), (query, call.rows)):
@@ -188,18 +189,20 @@ def _added(total: Tensor | None, part: Tensor, where: slice, like: Tensor, sampl
     return total
 
 
-def _planned(
-    job: Job, masks: Masks, window: int, is_causal: bool, portable: bool, like: Tensor
-) -> Iterator[tuple[Call, Tensor | None]]:
+def _planned(job: Job, masks: Masks, plan: Plan, like: Tensor) -> Iterator[tuple[Call, Tensor | None]]:
     """The calls of a job and their additive masks."""
     rows, keys = job.rows.stop - job.rows.start, job.keys.stop - job.keys.start
-    if not job.masked and not portable:
+    window, is_causal = plan.window, plan.is_causal
+    if not job.masked and plan.kernel == "cuda":
+        yield from ((call, None) for call in band_calls(rows, keys, window, is_causal, windows=True))
+        return
+    if not job.masked and plan.kernel == "cpu":
         mask = additive(tile_mask(window, is_causal, like.device), like.dtype)
         for call in band_calls(rows, keys, window, is_causal):
             high, width = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
             yield call, mask[:high, call.mask_from : call.mask_from + width] if call.shape == "tile" else None
         return
-    for call in tile_calls(rows, keys, window, is_causal):
+    for call in tile_calls(rows, keys, window, is_causal, masks.positions):
         shown = masks if job.masked else Masks()
         visible, bias = call_mask(call, rows, keys, window, is_causal, shown, like.device), call_bias(call, shown)
         if like.device.type == "cpu":
@@ -259,10 +262,11 @@ def _(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     attn_mask: Tensor | None,
+    positions: Tensor | None,
     is_causal: bool,
     window: int,
     scale: float,
-    portable: bool,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     return _like_out(near_query, value)
 
@@ -278,28 +282,29 @@ def _(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     attn_mask: Tensor | None,
+    positions: Tensor | None,
     out: Tensor,
     total: Tensor,
     upstream: Tensor,
     is_causal: bool,
     window: int,
     scale: float,
-    portable: bool,
+    kernel: str,
 ) -> list[Tensor]:
     tensors = _filled(near_query, near_key, left_query, right_query, far_key, value)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9], *output)
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:10], *output)
+    ctx.options = inputs[10:]
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     given = ctx.saved_tensors
     found = _backward(*given, grad, *ctx.options)
     grads = (None if x is None else g for x, g in zip(given[:6], found, strict=True))
-    return (*grads, None, None, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None, None, None)
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Visibility as booleans (True = visible), a softmax that knows about empty rows, and the shared checks."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from danlu._common.checks import broadcasts_to, check_bool, check_floating, check_real, check_same_device
 from danlu.positions import rope_frequencies
@@ -12,6 +12,7 @@ __all__ = [
     "check_attn_mask",
     "check_cu_seqlens",
     "check_key_padding_mask",
+    "check_positions",
     "grouped_matmul",
     "mask_bias",
     "mask_visible",
@@ -21,6 +22,9 @@ __all__ = [
     "visible_keys",
     "without_padding",
 ]
+
+
+_POSITIONS = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> None:
@@ -125,6 +129,27 @@ def check_cu_seqlens(
             raise ValueError(f"cu_seqlens must rise from 0 to the number of slots, {key.shape[2]}, got {borders}")
 
 
+def check_positions(positions: Tensor | None, key: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The positions of the keys, (B, N) in float64; raise unless they are None or do not fall along the slots."""
+    if positions is None:
+        return None
+    if not isinstance(positions, Tensor) or positions.dtype not in _POSITIONS:
+        kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise TypeError(f"positions must be integers, float32 or float64, got {kind}")
+    wanted, given = (key.shape[0], key.shape[2]), tuple(positions.shape)
+    if given not in (wanted, wanted[1:]):
+        raise ValueError(f"positions must have shape (N,) or (B, N) = {wanted}, got {given}")
+    if cu_seqlens is not None:
+        raise ValueError("positions of packed sequences start anew in each, so there cannot be others with cu_seqlens")
+    check_same_device(key=key, positions=positions)
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        falls = positions.diff() < 0
+        if bool(falls.any()):
+            place = falls.nonzero()[0].tolist()
+            raise ValueError(f"positions must not fall along the slots, but they do behind index {place}")
+    return positions.to(torch.float64).expand(wanted).contiguous()
+
+
 def segments(cu_seqlens: Tensor, count: int) -> Tensor:
     """Which sequence each of the `count` slots belongs to."""
     slots = torch.arange(count, device=cu_seqlens.device)
@@ -162,7 +187,9 @@ def without_padding(tensor: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return tensor if key_padding_mask is None else tensor.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
 
 
-def attend(scores: Tensor, value: Tensor, visible: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
+def attend(
+    scores: Tensor, value: Tensor, visible: Tensor | None, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """Softmax over keys and the weighted sum of values; a row that sees no key gives exactly 0 and no gradient.
 
     Args:
@@ -170,11 +197,13 @@ def attend(scores: Tensor, value: Tensor, visible: Tensor | None, attn_mask: Ten
         value: shape `(B, H_kv, N, E)` with `H` a multiple of `H_kv`, dtype of the scores.
         visible: broadcastable to the scores, or None.
         attn_mask: is added to the scores if it is floating.
+        dropout_p: of the weights.
     """
     bias = mask_bias(attn_mask)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
-    return grouped_matmul(masked_softmax(scores, visible), value)
+    weights = masked_softmax(scores, visible)
+    return grouped_matmul(nn.functional.dropout(weights, dropout_p) if dropout_p else weights, value)
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:

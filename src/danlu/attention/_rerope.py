@@ -19,6 +19,7 @@ from danlu.attention._masks import (
     check_attn_mask,
     check_cu_seqlens,
     check_key_padding_mask,
+    check_positions,
     grouped_matmul,
     resolve_frequencies,
     visible_keys,
@@ -43,6 +44,8 @@ def rope_attention(
     attn_mask: Tensor | None = None,
     logn: LogN | None = None,
     train_length: int | None = None,
+    positions: Tensor | None = None,
+    dropout_p: float = 0.0,
     interleaved: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -51,7 +54,8 @@ def rope_attention(
     Definition:
         $$o_i = \sum_j \operatorname{softmax}_j\!\big(s\,q_i^\top \mathcal R_{j-i}\,k_j\big)\,v_j$$
         over the visible $j$, with $\mathcal R$ the rotation of [`apply_rope`][danlu.positions.apply_rope], $s$ =
-        `scale`, and positions that are slots: keys $0, \dots, N-1$, queries $N-M, \dots, N-1$.
+        `scale`, and positions that are slots: keys $0, \dots, N-1$, queries $N-M, \dots, N-1$. With `positions` $p$ it
+        is $\mathcal R_{p_j - p_i}$; what a query sees still goes by slots.
 
     Args:
         query: shape `(B, H, M, D)`.
@@ -71,6 +75,10 @@ def rope_attention(
         logn: None, or scale the query that sees $n$ keys: "train" by $\log \max(n, 2) / \log T$, for models that were
             trained with it; "post" by $\max(1, \log n / \log T)$, for models that were not.
         train_length: $T \ge 2$ of `logn` (tokens).
+        positions: of the keys, shape `(N,)` or `(B, N)`, integers or float32/float64, not falling along the slots; None
+            means the slots. Not with `cu_seqlens`. Only differences count.
+        dropout_p: each weight is 0 with this probability, and the others are divided by $1 - p$, at every call. The
+            dense definition only.
         interleaved: rotate neighboring channels instead of halves.
         backend: "reference" is the dense definition; "banded" never holds the scores, see
             [`explain_backend`][danlu.attention.explain_backend]; "auto" takes the latter from a size on.
@@ -79,10 +87,12 @@ def rope_attention(
         Shape `(B, H, M, E)`, dtype of `query`. A query that sees no key gets exactly 0 and no gradient.
 
     Raises:
-        TypeError: not floating tensors of one dtype, a mask of integers, or `cu_seqlens` that are not integers.
+        TypeError: not floating tensors of one dtype, a mask of integers, `cu_seqlens` that are not integers, or half
+            `positions`.
         ValueError: shapes or devices that do not fit, an odd `D` without `inv_freq`, `cu_seqlens` with another mask or
-            that do not rise from 0 to `N` (looked at on the CPU only), or `logn` without `train_length`; the message
-            has the shapes or values. Also "banded" for an `attn_mask` that needs a gradient.
+            that do not rise from 0 to `N`, `positions` that fall (both looked at on the CPU only), `dropout_p` outside
+            of $[0, 1)$, or `logn` without `train_length`; the message has the shapes or values. Also "banded" for an
+            `attn_mask` that needs a gradient, or with dropout.
 
     Numerics:
         Half inputs are computed in float32 and rounded once; float64 stays float64. Angles are float64. Values of
@@ -104,26 +114,30 @@ def rope_attention(
         tensor([1., 0., 0., 0.])
     """
     frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask, cu_seqlens, attn_mask)
+    where = check_positions(positions, key, cu_seqlens)
+    check_real("dropout_p", dropout_p, low=0.0, high=1.0, high_open=True)
     check_log_n(logn, train_length)
     masks = Masks(key_padding_mask, cu_seqlens, attn_mask)
     factor = _query_factor(query, key, is_causal, masks, logn, train_length)
     count = key.shape[2]
     slots = torch.arange(count, device=key.device)
     query_slots = slots[count - query.shape[2] :]
-    if in_bands(backend, query, key, attn_mask):
+    keys_at = slots if where is None else where[:, None]
+    queries_at = keys_at[..., count - query.shape[2] :]
+    if in_bands(backend, query, key, value, attn_mask, dropout_p):
         near = (
-            _turned_query(query, factor, query_slots, frequencies, interleaved),
-            apply_rope(key, slots, frequencies, interleaved=interleaved),
+            _turned_query(query, factor, queries_at, frequencies, interleaved),
+            apply_rope(key, keys_at, frequencies, interleaved=interleaved),
         )
         return banded_attention(
             near, None, value, window=max(1, count), scale=_scale(query, scale), is_causal=is_causal, masks=masks
         )
     dtype = query.dtype
     query, key, value = _prepared(query, key, value, key_padding_mask)
-    rotated = _turned_query(query, factor, query_slots, frequencies, interleaved) * _scale(query, scale)
-    scores = grouped_matmul(rotated, apply_rope(key, slots, frequencies, interleaved=interleaved).transpose(-2, -1))
+    rotated = _turned_query(query, factor, queries_at, frequencies, interleaved) * _scale(query, scale)
+    scores = grouped_matmul(rotated, apply_rope(key, keys_at, frequencies, interleaved=interleaved).transpose(-2, -1))
     visible = visible_keys(query_slots[:, None] - slots, is_causal, key_padding_mask, attn_mask, cu_seqlens)
-    return attend(scores, value, visible, attn_mask).to(dtype)
+    return attend(scores, value, visible, attn_mask, dropout_p).to(dtype)
 
 
 def rerope_attention(
@@ -141,6 +155,8 @@ def rerope_attention(
     attn_mask: Tensor | None = None,
     logn: LogN | None = None,
     train_length: int | None = None,
+    positions: Tensor | None = None,
+    dropout_p: float = 0.0,
     interleaved: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -151,7 +167,8 @@ def rerope_attention(
         g(t) = \begin{cases} t & |t| < w \\ \operatorname{sign}(t)\,\big(w + (|t| - w)\,\rho\big) & |t| \ge w
         \end{cases}$$
         with $w$ = `window` and $\rho$ = `slope`. $\rho = 0$ is ReRoPE, $0 < \rho < 1$ Leaky ReRoPE, $\rho = 1$ RoPE.
-        $\rho > 1$ in training with plain RoPE at inference is InvLeaky ReRoPE.
+        $\rho > 1$ in training with plain RoPE at inference is InvLeaky ReRoPE. With `positions` $p$ it is
+        $g(p_i - p_j)$; what a query sees still goes by slots.
 
     Args:
         query: shape `(B, H, M, D)`, not rotated.
@@ -174,6 +191,11 @@ def rerope_attention(
         logn: None, or scale the query that sees $n$ keys: "train" by $\log \max(n, 2) / \log T$, for models that were
             trained with it; "post" by $\max(1, \log n / \log T)$, for models that were not.
         train_length: $T \ge 2$ of `logn` (tokens).
+        positions: of the keys, shape `(N,)` or `(B, N)`, integers or float32/float64, not falling along the slots; None
+            means the slots. Not with `cu_seqlens`. They say which
+            keys are near.
+        dropout_p: each weight is 0 with this probability, and the others are divided by $1 - p$, at every call. The
+            dense definition only.
         interleaved: rotate neighboring channels instead of halves.
         backend: "reference" is the dense definition; "banded" never holds the scores, see
             [`explain_backend`][danlu.attention.explain_backend]; "auto" takes the latter from a size on.
@@ -191,9 +213,9 @@ def rerope_attention(
     Cost:
         In bands, see [`rope_attention`][danlu.attention.rope_attention], one attention's work: every pair is scored
         once, near ones in a sliding window and far ones in a square causal call on keys shifted by the window (and its
-        mirror image without `is_causal`), and the outputs are merged by their log-sum-exps. With masks that have gaps
-        tiles of 64 rows take both bands' keys in reach. The dense definition has two score matrices (three without
-        `is_causal`) and $O(BHMN)$ memory.
+        mirror image without `is_causal`), and the outputs are merged by their log-sum-exps. With masks that have gaps,
+        or `positions`, tiles of 64 rows take both bands' keys in reach. The dense definition has two score matrices
+        (three without `is_causal`) and $O(BHMN)$ memory.
 
     Differences:
         The author's code rotates the queries of far keys by $+w$ on both sides, which is right for causal attention
@@ -212,8 +234,10 @@ def rerope_attention(
     check_integer("window", window, low=1)
     check_real("slope", slope, low=0.0)
     frequencies = _check(query, key, value, inv_freq, scale, key_padding_mask, cu_seqlens, attn_mask)
+    where = check_positions(positions, key, cu_seqlens)
+    check_real("dropout_p", dropout_p, low=0.0, high=1.0, high_open=True)
     count = key.shape[2]
-    if window >= count:
+    if window >= count and positions is None:
         return rope_attention(
             query,
             key,
@@ -226,24 +250,27 @@ def rerope_attention(
             attn_mask=attn_mask,
             logn=logn,
             train_length=train_length,
+            dropout_p=dropout_p,
             interleaved=interleaved,
             backend=backend,
         )
     check_log_n(logn, train_length)
-    masks = Masks(key_padding_mask, cu_seqlens, attn_mask)
+    masks = Masks(key_padding_mask, cu_seqlens, attn_mask, where)
     factor = _query_factor(query, key, is_causal, masks, logn, train_length)
     slots = torch.arange(count, device=key.device)
     query_slots = slots[count - query.shape[2] :]
+    keys_at = slots if where is None else where[:, None]
+    queries_at = keys_at[..., count - query.shape[2] :]
     # g(i - j) = ((i - w) rho + w) - j rho for keys far to the left, and its mirror image to the right.
-    leaky_keys = slots.to(torch.float64) * slope
-    left_slots = (query_slots - window).to(torch.float64) * slope + window
-    right_slots = (query_slots + window).to(torch.float64) * slope - window
-    if in_bands(backend, query, key, attn_mask):
+    leaky_keys = keys_at.to(torch.float64) * slope
+    left_slots = (queries_at - window).to(torch.float64) * slope + window
+    right_slots = (queries_at + window).to(torch.float64) * slope - window
+    if in_bands(backend, query, key, value, attn_mask, dropout_p):
 
         def turned(x: Tensor, positions: Tensor) -> Tensor:
             return apply_rope(x, positions, frequencies, interleaved=interleaved)
 
-        near = _turned_query(query, factor, query_slots, frequencies, interleaved), turned(key, slots)
+        near = _turned_query(query, factor, queries_at, frequencies, interleaved), turned(key, keys_at)
         left = _turned_query(query, factor, left_slots, frequencies, interleaved)
         right = None if is_causal else _turned_query(query, factor, right_slots, frequencies, interleaved)
         far = left, right, turned(key, leaky_keys) if slope else key
@@ -258,12 +285,12 @@ def rerope_attention(
         keys = apply_rope(key, key_positions, frequencies, interleaved=interleaved)
         return grouped_matmul(rotated, keys.transpose(-2, -1))
 
-    distance = query_slots[:, None] - slots
-    out = torch.where(distance < window, scores(query_slots, slots), scores(left_slots, leaky_keys))
+    distance = queries_at[..., None] - keys_at[..., None, :]
+    out = torch.where(distance < window, scores(queries_at, keys_at), scores(left_slots, leaky_keys))
     if not is_causal:
         out = torch.where(distance <= -window, scores(right_slots, leaky_keys), out)
-    visible = visible_keys(distance, is_causal, key_padding_mask, attn_mask, cu_seqlens)
-    return attend(out, value, visible, attn_mask).to(dtype)
+    visible = visible_keys(query_slots[:, None] - slots, is_causal, key_padding_mask, attn_mask, cu_seqlens)
+    return attend(out, value, visible, attn_mask, dropout_p).to(dtype)
 
 
 def _check(
@@ -340,6 +367,7 @@ class ReRoPE(nn.Module):
         logn: as in the function.
         train_length: as in the function.
         is_causal: whether a query sees only its own and earlier slots.
+        dropout_p: as in the function, in training mode only.
         interleaved: rotate neighboring channels instead of halves.
         backend: as in the function.
 
@@ -348,7 +376,8 @@ class ReRoPE(nn.Module):
 
     Raises:
         TypeError: an option is not of its type.
-        ValueError: `window` < 1, `slope` < 0, `base` not positive or an unknown `backend`, at construction.
+        ValueError: `window` < 1, `slope` < 0, `base` not positive, `dropout_p` outside of $[0, 1)$ or an unknown
+            `backend`, at construction.
 
     Numerics:
         As in the function.
@@ -372,6 +401,7 @@ class ReRoPE(nn.Module):
         logn: LogN | None = None,
         train_length: int | None = None,
         is_causal: bool = True,
+        dropout_p: float = 0.0,
         interleaved: bool = False,
         backend: Backend = "auto",
     ) -> None:
@@ -384,6 +414,7 @@ class ReRoPE(nn.Module):
         self.logn: LogN | None = logn
         self.train_length = train_length
         self.is_causal = is_causal
+        self.dropout_p = check_real("dropout_p", dropout_p, low=0.0, high=1.0, high_open=True)
         self.interleaved = interleaved
         self.backend: Backend = backend
 
@@ -395,6 +426,7 @@ class ReRoPE(nn.Module):
         key_padding_mask: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Return the attention output."""
         return rerope_attention(
@@ -409,6 +441,8 @@ class ReRoPE(nn.Module):
             cu_seqlens=cu_seqlens,
             logn=self.logn,
             train_length=self.train_length,
+            positions=positions,
+            dropout_p=self.dropout_p if self.training else 0.0,
             interleaved=self.interleaved,
             backend=self.backend,
         )
@@ -418,5 +452,5 @@ class ReRoPE(nn.Module):
         return (
             f"window={self.window}, slope={self.slope}, base={self.base}, is_causal={self.is_causal}, "
             f"interleaved={self.interleaved}, logn={self.logn!r}, train_length={self.train_length}, "
-            f"backend={self.backend!r}"
+            f"dropout_p={self.dropout_p}, backend={self.backend!r}"
         )

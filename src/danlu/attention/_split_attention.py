@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from danlu._common.checks import check_choice, check_same_device
 from danlu.attention._band_calls import Masks
-from danlu.attention._bands import banded_attention, has_flash
+from danlu.attention._band_kernels import kernel_of
+from danlu.attention._bands import banded_attention
 from danlu.attention._mask_kinds import MaskKind, check_kind, pairs
 from danlu.attention._mask_kinds import is_causal as is_causal_kind
 from danlu.attention._masks import (
@@ -192,7 +193,7 @@ def _call(
     """Attention of the last rows of the slots, causal or not, without a mask of pairs."""
     rows, keys = query.shape[2], key.shape[2]
     is_causal = is_causal and rows > 1
-    if padding is not None or has_flash(query):
+    if padding is not None or kernel_of(query, value) != "portable":
         far, window = None, keys
         if is_causal and rows < keys:
             # With a window of one key, all others are a whole block and a square causal one.

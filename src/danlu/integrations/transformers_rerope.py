@@ -123,8 +123,6 @@ def _forward(
     if settings.rotated:
         options = {**kwargs, "scaling": scaling, "dropout": dropout}
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
-    if dropout and module.training:
-        raise ValueError("ReRoPE is for inference, or for training without attention dropout")
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"ReRoPE does not know the option {name!r} of this model's attention")
@@ -140,7 +138,8 @@ def _forward(
         seen = _Visibility(end, bool(getattr(module, "is_causal", True)))
     end = min(seen.end, key.shape[2])
     mask = attention_mask[..., :end] if attention_mask is not None and seen.by_mask else None
-    out = _attend(settings, seen, query, key[:, :, :end], value[:, :, :end], mask, scaling)
+    dropout = dropout if module.training else 0.0
+    out = _attend(settings, seen, query, key[:, :, :end], value[:, :, :end], mask, scaling, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -152,6 +151,7 @@ def _attend(
     value: Tensor,
     mask: Tensor | None,
     scaling: float | None,
+    dropout: float,
 ) -> Tensor:
     options: dict[str, Any] = {
         "window": key.shape[2] if settings.window is None else settings.window,
@@ -162,11 +162,11 @@ def _attend(
     if settings.logn is not None:
         options |= {"logn": settings.logn, "train_length": settings.train_length}
     padding = seen.key_padding_mask
-    if query.shape[2] == 1 and (mask is None or (mask.shape[1] == 1 and mask.dtype == torch.bool)):
+    if query.shape[2] == 1 and not dropout and (mask is None or (mask.shape[1] == 1 and mask.dtype == torch.bool)):
         if mask is not None:
             padding = mask[:, 0, 0]
         return rerope_decode(query, key, value, key_padding_mask=padding, **options)
-    options |= {"is_causal": seen.is_causal, "key_padding_mask": padding, "attn_mask": mask}
+    options |= {"is_causal": seen.is_causal, "key_padding_mask": padding, "attn_mask": mask, "dropout_p": dropout}
     return rerope_attention(query, key, value, **options)
 
 

@@ -35,7 +35,8 @@ class ByteLM:
     ... r times the training length of text before their end; `optimizer_bytes_per_parameter`.
 
     `attention` says how the model attends at evaluation: "rope" as trained, "rerope" (relative positions clipped at
-    `window` times the training length), "window" (only the last `context` keys).
+    `window` times the training length, with the log-n factor for models that were trained without it if `logn`),
+    "window" (only the last `context` keys).
     """
 
     @property
@@ -59,7 +60,7 @@ class ByteLM:
     @property
     def evaluate_options(self) -> Options:
         """Options of the evaluation."""
-        return {"attention": "rope", "window": 0.5, "reach": 1, "windows": 128}
+        return {"attention": "rope", "window": 0.5, "logn": False, "reach": 1, "windows": 128}
 
     def data(self) -> Mapping[str, str]:
         """What the numbers rest on."""
@@ -104,7 +105,7 @@ class ByteLM:
         # Places are the same for every seed and arm: differences are then differences of models.
         starts = torch.randint(len(text) - longest, (int(options["windows"]), 1), generator=generator("test", longest))
         windows = text[starts + torch.arange(longest + 1)].long().to(training_device(options))
-        mode = _Attention(str(options["attention"]), context, float(options["window"]))
+        mode = _Attention(str(options["attention"]), context, float(options["window"]), bool(options["logn"]))
         metrics = {"bits_per_byte": _bits(model, windows[:, -context - 1 :], mode, context)}
         multiple = 1
         while reach > 1 and multiple <= reach:
@@ -145,12 +146,21 @@ class _Attention:
     kind: str = "rope"
     context: int = 0
     window: float = 0.5
+    logn: bool = False
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, inv_freq: Tensor) -> Tensor:
         """Attend; all shapes are (batch, heads, length, head_dim), queries and keys not yet rotated."""
         if self.kind == "rerope":
             window = max(1, round(self.window * self.context))
-            return rerope_attention(query, key, value, window=window, inv_freq=inv_freq)
+            return rerope_attention(
+                query,
+                key,
+                value,
+                window=window,
+                inv_freq=inv_freq,
+                logn="post" if self.logn else None,
+                train_length=self.context if self.logn else None,
+            )
         positions = torch.arange(query.shape[-2], device=query.device)
         query, key = (apply_rope(x, positions, inv_freq) for x in (query, key))
         if self.kind == "rope":

@@ -3,6 +3,8 @@
 from danlu.lab.tasks.byte_lm import ByteLM
 from danlu.lab.trial import Arm, Budget, Comparison, Trial
 
+_WINDOWS = ({"window": 0.25}, {"window": 0.5}, {"window": 0.75}, {"window": 1.0})
+
 
 def _beyond(multiple: int) -> Comparison:
     return Comparison(candidate="rerope", baseline="rope", metric=f"bits_per_byte@{multiple}x", better="lower")
@@ -23,7 +25,12 @@ TRIAL = Trial(
         "rope": Arm(options={"attention": "rope"}),
         "rerope": Arm(
             options={"attention": "rerope"},
-            grid=({"window": 0.25}, {"window": 0.5}, {"window": 0.75}, {"window": 1.0}),
+            grid=_WINDOWS,
+            method="danlu.attention.rerope_attention",
+        ),
+        "rerope_logn": Arm(
+            options={"attention": "rerope", "logn": True},
+            grid=_WINDOWS,
             method="danlu.attention.rerope_attention",
         ),
         "sliding_window": Arm(options={"attention": "window"}),
@@ -45,9 +52,17 @@ TRIAL = Trial(
             steps=500, seeds=5, options={"context": 64, "width": 96, "reach": 8, "windows": 64, "lr": 0.004}
         ),
         "report": Budget(
-            steps=800,
-            seeds=6,
-            options={"context": 128, "width": 96, "layers": 3, "batch_size": 16, "reach": 8, "lr": 0.004},
+            steps=600,
+            seeds=5,
+            options={
+                "context": 128,
+                "width": 96,
+                "layers": 3,
+                "batch_size": 16,
+                "reach": 8,
+                "windows": 64,
+                "lr": 0.004,
+            },
         ),
         "gpu": Budget(
             steps=5000,
@@ -67,7 +82,7 @@ TRIAL = Trial(
     notes=(
         "All arms read with the same trained weights; they differ only at evaluation. The loss is on the same last "
         "bytes of every window, whatever the length of the text before them. Sliding-window attention of the "
-        "training length is in the table because it is the strongest simple baseline. Tuning chooses only "
-        "ReRoPE's window."
+        "training length is in the table because it is the strongest simple baseline. `rerope_logn` scales queries by "
+        "max(1, log n / log T) as well. Tuning chooses only ReRoPE's window."
     ),
 )
