@@ -2,13 +2,13 @@
 
 8 heads of 64 channels, one thread, interleaved in one process. `scaled_dot_product_attention` gets queries and keys
 that are rotated already; ours rotates them, too. The floor is the work of one causal attention: every visible pair is
-scored once, in 4 d operations forward and 10 d backward, and the table has the rate at which that is done. The published
-form holds some 10 GiB of scores at 4096 positions, and is left out beyond. Attention to both sides, and under a mask
-with gaps, is beside SDPA for the same. Limits at a window of an eighth: ReRoPE 1.3 times SDPA forward and 1.4 times
-forward and backward, Leaky ReRoPE 1.5 times.
+scored once, in 4 d operations forward and 10 d backward, and the table has the rate at which that is done. The
+published form holds some 10 GiB of scores at 4096 positions, and is left out beyond. Attention to both sides, and under
+a mask with gaps, is beside SDPA for the same. Limits at a window of an eighth: ReRoPE 1.3 times SDPA forward and 1.4
+times forward and backward, Leaky ReRoPE 1.5 times.
 
-Then the peak of the memory above the inputs', forward and backward, each in a fresh process, in units of L H d elements.
-The limit is 6 units above SDPA, and the same number at every length, which is memory linear in the length.
+Then the peak of the memory above the inputs', forward and backward, each in a fresh process, in units of L H d
+elements. The limit is 6 units above SDPA, and the same number at every length, which is memory linear in the length.
 """
 
 import json
@@ -98,7 +98,7 @@ def memory() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    run_tests("tests/attention")
+    run_tests("tests/attention/test_bands.py", "tests/attention/test_rerope.py", "-m", "not slow")
     torch.set_num_threads(1)
     content = {}
     for length in LENGTHS:

@@ -144,6 +144,7 @@ def device(monkeypatch):
     """A device that can run the kernels."""
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(_band_cuda, "_agrees", lambda device: True)
 
 
 def fake(dtype=torch.bfloat16, *, length=300, dim=16):
@@ -168,12 +169,62 @@ def test_what_runs_and_why():
 
 def test_old_devices_and_builds(monkeypatch, device):
     tensors = fake()[1:]
+    monkeypatch.setattr(_band_cuda, "_agrees", lambda device: False)
+    assert _band_cuda.why_not(*tensors) == "its results on this device differ from plain PyTorch's"
+    monkeypatch.setattr(_band_cuda, "_agrees", lambda device: torch.zeros(2) @ torch.zeros(3))
+    assert _band_cuda.why_not(*tensors).startswith("it fails on this device: ")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
     assert _band_cuda.why_not(*tensors) == "it needs compute capability 8.0, and the device has 7.5"
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     assert _band_cuda.why_not(*tensors) == "this build of PyTorch has none"
     monkeypatch.setitem(_band_cuda._OPERATORS, "backward", None)
     assert "are others than expected" in _band_cuda.why_not(*tensors)
+
+
+def in_float(operator):
+    """The emulation for half tensors."""
+
+    def run(*given, **options):
+        given = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
+        return operator(*given, **options)
+
+    return run
+
+
+def top_left(*given, window_size_left, window_size_right, **options):
+    """As if rows and keys began together."""
+    query, key, *rest = given
+    shift = key.shape[1] - query.shape[1]
+    if window_size_left >= 0:
+        window_size_left += shift
+    return emulated_forward(query, key, *rest, window_size_left=window_size_left, window_size_right=0, **options)
+
+
+def own_total(*given, **options):
+    """A backward that knows only log-sum-exps of its own."""
+    return emulated_backward(*given[:5], given[5] - 1, *given[6:], **options)
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "agrees"),
+    [
+        (emulated_forward, emulated_backward, True),
+        (top_left, emulated_backward, False),
+        (
+            lambda *x, **y: (emulated_forward(*x, **y)[0], emulated_forward(*x, **y)[1] / 0.693),
+            emulated_backward,
+            False,
+        ),
+        (emulated_forward, own_total, False),
+    ],
+    ids=["right", "aligned at the beginning", "in units of log 2", "of its own log-sum-exp"],
+)
+def test_what_the_bands_rely_on_is_looked_at_once(monkeypatch, forward, backward, agrees):
+    state = torch.get_rng_state()
+    monkeypatch.setitem(_band_cuda._OPERATORS, "forward", in_float(forward))
+    monkeypatch.setitem(_band_cuda._OPERATORS, "backward", in_float(backward))
+    assert _band_cuda._agrees.__wrapped__(torch.device("cpu")) is agrees
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.gpu

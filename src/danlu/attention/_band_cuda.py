@@ -1,11 +1,12 @@
 r"""The flash kernels of CUDA in stock PyTorch: windows, and log-sum-exps out and in.
 
-They are private operators, so their schemas are looked at once, on import; where they are others than expected tiles in
-plain PyTorch run instead.
+They are private operators, so their schemas are looked at once, on import, and their results once by device, on first
+use; where they are others than expected tiles in plain PyTorch run instead.
 
 Shape letters: as in `danlu.attention._band_kernels`.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,7 +60,52 @@ def _of_device(index: int | None) -> str | None:
     if not torch.backends.cuda.is_flash_attention_available():
         return "this build of PyTorch has none"
     major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"it needs compute capability 8.0, and the device has {major}.{minor}"
+    if major < 8:
+        return f"it needs compute capability 8.0, and the device has {major}.{minor}"
+    try:
+        agrees = _agrees(torch.device("cuda", index or 0))
+    except RuntimeError as error:
+        return f"it fails on this device: {error}"
+    return None if agrees else "its results on this device differ from plain PyTorch's"
+
+
+@cache
+def _agrees(device: torch.device) -> bool:
+    """Whether it aligns rows and keys at their ends, and gives and takes log-sum-exps, as the bands rely on."""
+    rows, keys, dim, window, scale = 24, 40, 16, 7, 0.25
+    # Waves, since a draw would change the user's random numbers.
+    query, key, value, upstream = (
+        torch.arange(2 * length * dim, device=device).mul(step).sin().view(1, 2, length, dim).to(torch.bfloat16)
+        for length, step in ((rows, 1.7), (keys, 2.9), (keys, 0.3), (rows, 0.9))
+    )
+    for shape in ("full", "causal", "mirrored", "window"):
+        # What is not a window is square where it hides anything.
+        some = slice(0, rows) if shape in ("causal", "mirrored") else slice(0, keys)
+        tensors = query, key[:, :, some], value[:, :, some]
+        call = Call("near", slice(0, rows), some, shape)
+        expected_out, expected_total, *expected = _plainly(tensors, upstream, _reach(call, window, True), scale)
+        out, total = forward(call, *tensors, scale, window, True)
+        grads = backward(call, [upstream, 0.5 * out, total + 1], *tensors, scale, window, True)
+        pairs = zip((out, total, *grads), (expected_out, expected_total, *expected), strict=True)
+        if any(not bool(((found - wanted).abs() < 0.05).all()) for found, wanted in pairs):
+            return False
+    return True
+
+
+def _plainly(tensors: tuple[Tensor, ...], upstream: Tensor, reach: tuple[bool, int, int], scale: float) -> list[Tensor]:
+    """Output, log-sum-exp, and the gradients from half the output and from the log-sum-exp plus 1."""
+    query, key, value, upstream = (x.float() for x in (*tensors, upstream))
+    rows, keys = query.shape[2], key.shape[2]
+    distance = torch.arange(keys, device=query.device)[keys - rows :, None] - torch.arange(keys, device=query.device)
+    _, left, right = reach
+    hidden = (distance > (keys if left < 0 else left)) | (distance < -(keys if right < 0 else right))
+    scores = (scale * query @ key.transpose(-2, -1)).masked_fill(hidden, -torch.inf)
+    total = scores.logsumexp(-1)
+    out = (scores - total[..., None]).exp() @ value
+    weights = (scores - total[..., None] - 1).exp()
+    inner = upstream @ value.transpose(-2, -1) - (0.5 * upstream * out).sum(-1, keepdim=True)
+    inner = scale * inner * weights
+    return [out, total, inner @ key, inner.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ upstream]
 
 
 def _reach(call: Call, window: int, is_causal: bool) -> tuple[bool, int, int]:
