@@ -25,6 +25,7 @@ FAMILIES = sorted(
 # Files of a family that are not methods, with the reason why they have no trial of their own.
 NO_TRIAL = {
     "attention/band_calls": "how ReRoPE is computed; the trial attention/rerope measures the method",
+    "attention/band_cuda": "how ReRoPE is computed",
     "attention/band_kernels": "how ReRoPE is computed",
     "attention/bands": "how ReRoPE is computed",
     "attention/log_n": "an option of ReRoPE",
