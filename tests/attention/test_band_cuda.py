@@ -126,6 +126,15 @@ def test_the_operators_of_this_version_are_known():
     assert _band_cuda._resolved("_no_such_attention", _band_cuda._FORWARD, 5) is None
 
 
+def test_a_compiler_takes_the_answer_as_constant():
+    def function():
+        return None
+
+    marks = vars(torch.compiler.assume_constant_result(function))
+    assert marks
+    assert marks.items() <= vars(_band_cuda._of_device).items()
+
+
 @pytest.mark.parametrize("shape", ["full", "causal", "mirrored", "window"])
 def test_arguments_fit_the_operators(shape):
     """Under fake tensors the operators check their arguments and give shapes."""

@@ -285,7 +285,7 @@ def test_compiles_as_one_graph(reduction, zeros):
         for mine, theirs in zip(gradients(value, tensors), gradients(expected, tensors), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-15)
     # Of torch itself, which may free what it keeps.
-    with pytest.raises(RuntimeError, match="double backward|donated buffer"):
+    with pytest.raises(RuntimeError, match=r"double backward|donated buffer"):
         torch.autograd.grad(run(hidden, weight, offset, target).sum(), hidden, create_graph=True)[0].sum().backward()
 
 

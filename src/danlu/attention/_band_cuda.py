@@ -46,8 +46,6 @@ _OPERATORS = {
 
 def why_not(query: Tensor, value: Tensor) -> str | None:
     """Why the kernels cannot run for these tensors on CUDA; None if they can."""
-    if None in _OPERATORS.values():
-        return f"its operators in torch {torch.__version__} are others than expected"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return "it is for bfloat16 and float16"
     if max(query.shape[-1], value.shape[-1]) > 256:
@@ -55,8 +53,9 @@ def why_not(query: Tensor, value: Tensor) -> str | None:
     return _of_device(query.device.index)
 
 
-@torch.compiler.assume_constant_result
 def _of_device(index: int | None) -> str | None:
+    if None in _OPERATORS.values():
+        return f"its operators in torch {torch.__version__} are others than expected"
     if not torch.backends.cuda.is_flash_attention_available():
         return "this build of PyTorch has none"
     major, minor = torch.cuda.get_device_capability(index)
@@ -67,6 +66,10 @@ def _of_device(index: int | None) -> str | None:
     except RuntimeError as error:
         return f"it fails on this device: {error}"
     return None if agrees else "its results on this device differ from plain PyTorch's"
+
+
+# What `torch.compiler.assume_constant_result` does, without its import of the compiler: the result goes into the graph.
+vars(_of_device)["_dynamo_marked_constant"] = True
 
 
 @cache
