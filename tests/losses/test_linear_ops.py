@@ -18,6 +18,7 @@ from danlu.losses import (
     MixCE,
     RowFunction,
     TaiLr,
+    _linear_ops,
     linear_emo_loss,
     linear_loss,
     linear_margin_softmax_loss,
@@ -219,6 +220,20 @@ def test_numbers_of_rows_are_symbols():
         # Compilers take 0 for special.
         first = count.frame_count if rows == 23 else first
         assert count.frame_count == first or rows == 0
+
+
+def test_operators_are_what_their_fakes_and_schemas_say():
+    leaves, target = problem()
+    keep, weights = target != -100, WEIGHTS
+    rows = (target.clamp(min=0), keep, weights)
+    for stats, bias in ((True, leaves[2]), (False, None)):
+        options = ("tailr/potential", [0.0, 0.3], None, 1000, torch.float64, 0.1, 1.5, 2.0, stats)
+        tensors = (*leaves[:2], bias, *rows, None, None, None)
+        only = ("test_schema", "test_faketensor")
+        needs = [True, False, bias is not None]
+        torch.library.opcheck(_linear_ops._total, (*tensors, *options, needs), test_utils=only)
+        torch.library.opcheck(_linear_ops._losses, (*tensors, *options), test_utils=only)
+        torch.library.opcheck(_linear_ops._vjp, (*tensors, *options, weights, needs), test_utils=only)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
