@@ -3,7 +3,7 @@
 from danlu.lab.tasks.masked_bytes import MaskedBytes
 from danlu.lab.trial import Arm, Budget, Comparison, Options, Trial
 
-_RATES: tuple[Options, ...] = ({"lr": 0.004}, {"lr": 0.002}, {"lr": 0.008})
+_RATES: tuple[Options, ...] = ({"lr": 0.004}, {"lr": 0.002}, {"lr": 0.008}, {"lr": 0.016})
 
 
 def _better(candidate: str, baseline: str, multiple: int, margin: float = 0.0) -> Comparison:
