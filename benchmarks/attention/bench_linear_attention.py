@@ -13,31 +13,40 @@ a head, 2 GB in all at 4096 tokens, and more of them backward. So it is measured
 where it needs no such code, beside ours to both sides.
 
 The target is: forward and backward of elu + 1 faster than SDPA from 1024 tokens on, and linear growth to 65536. Times
-over lengths are drawn beside the JSON with vl-convert of the extra `lab`. Peaks of the memory are of fresh processes.
+over lengths are drawn for the guide with vl-convert of the extra `lab`. Peaks of the memory are of fresh processes.
 
 With the argument "quick", few rounds and lengths, and nothing is saved.
 """
 
 import importlib.util
-import json
-import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from _lengths import (
+    DIM,
+    HEADS,
+    Attention,
+    both,
+    draw,
+    forward,
+    peak,
+    peaks,
+    per_1024_tokens,
+    rates,
+    tensors,
+    time_per_token,
+)
 from torch.nn import functional as F
 
-from _measure import RESULTS, PeakMemory, in_fresh_process, interleave, run_tests, save, show, summary
+from _measure import interleave, run_tests, save, show, summary
 from danlu.attention import FavorFeatures, LinearAttention, SoftVQFeatures
 
-HEADS, DIM, FEATURES = 8, 64, 256
+FEATURES = 256
 SDPA, ELU, ROTATED = "torch SDPA, causal", "danlu elu + 1", "danlu elu + 1, rotated"
 FAVOR, SOFT, PEER = "danlu FAVOR+, m = 256", "danlu soft VQ, 256 codes", "performer-pytorch, m = 256"
 BOTH_SIDES = ("torch SDPA, both sides", "danlu FAVOR+, both sides", "performer-pytorch, both sides")
@@ -47,13 +56,6 @@ ONLY_LINEAR = [32768, 65536]
 PEER_UP_TO = 2048
 LENGTHS_OF_BOTH_SIDES = [1024, 4096]
 MEMORY_UP_TO = {SDPA: 16384, PEER: PEER_UP_TO}
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def tensors(length: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, HEADS, length, DIM, generator=generator).requires_grad_() for _ in range(3)]
 
 
 def peer(*, causal: bool) -> Attention | None:
@@ -107,43 +109,6 @@ def traffic(length: int, backward: bool) -> float:
     return 4 * length * HEADS * DIM * (4 + (8 if backward else 0))
 
 
-def rates() -> dict[str, float]:
-    """Flops and bytes per second of a large matrix product and of a copy, best of several."""
-    left, right = torch.randn(2, 1024, 1024)
-    source, target = torch.randn(2, 2**24)
-
-    def best(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return {
-        "flops": 2 * 1024**3 / best(lambda: left @ right),
-        "bytes": 2 * 4 * 2**24 / best(lambda: target.copy_(source)),
-    }
-
-
-def forward(attention: Attention, inputs: list[Tensor]) -> Callable[[], object]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return attention(*inputs)
-
-    return run
-
-
-def both(attention: Attention, inputs: list[Tensor]) -> Callable[[], object]:
-    def run() -> None:
-        for x in inputs:
-            x.grad = None
-        # Of all leaves, also of codes.
-        attention(*inputs).sum().backward()
-
-    return run
-
-
 def measured(
     attentions: dict[str, Attention], length: int, backward: bool, reference: str, rate: dict[str, float], rounds: int
 ) -> dict[str, dict[str, float]]:
@@ -159,57 +124,6 @@ def measured(
     return rows
 
 
-def peak(name: str, length: int) -> None:
-    """Run in a fresh process: elements held at the peak of forward and backward, in units of L H d."""
-    torch.set_num_threads(1)
-    attention, inputs = candidates()[name], tensors(length)
-    both(attention, tensors(300))()
-    with PeakMemory() as memory:
-        both(attention, inputs)()
-    print(json.dumps({"units": memory.extra / (4 * length * HEADS * DIM)}))
-
-
-def draw(growth: dict[str, dict[str, float]], path: Path) -> None:
-    """Time of forward and backward over the length, both on logarithmic axes."""
-    import vl_convert
-
-    rows = [
-        {"attention": name, "length": int(length), "ms": ms}
-        for name, line in growth.items()
-        for length, ms in line.items()
-    ]
-    axis = {"grid": True, "format": "~s"}
-    named = {"field": "attention", "type": "nominal", "sort": list(growth)}
-    spec = {
-        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "data": {"values": rows},
-        "width": 520,
-        "height": 320,
-        "background": "#ffffff",
-        "mark": {"type": "line", "point": True},
-        "encoding": {
-            "x": {
-                "field": "length",
-                "type": "quantitative",
-                "scale": {"type": "log", "base": 2, "domain": [LENGTHS[0], ONLY_LINEAR[-1]]},
-                "axis": axis,
-                "title": "tokens",
-            },
-            "y": {
-                "field": "ms",
-                "type": "quantitative",
-                "scale": {"type": "log"},
-                "axis": axis,
-                "title": "forward and backward, milliseconds, one CPU thread",
-            },
-            "color": {**named, "title": None},
-            "strokeDash": {**named, "legend": None},
-        },
-    }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(vl_convert.vegalite_to_svg(spec))
-
-
 def targets(times: dict[str, dict[str, dict[str, float]]], growth: dict[str, dict[str, float]]) -> dict[str, object]:
     """What was to be reached, and what was."""
     found: dict[str, object] = {}
@@ -217,9 +131,7 @@ def targets(times: dict[str, dict[str, dict[str, float]]], growth: dict[str, dic
         if title.startswith("forward and backward"):
             found[f"{ELU}, {title}"] = {"ratio": rows[ELU]["ratio"], "limit": 1.0, "met": rows[ELU]["ratio"] < 1}
     for name in (ELU, ROTATED, FAVOR, SOFT):
-        # 1 is linear growth.
-        low, high = min(map(int, growth[name])), max(map(int, growth[name]))
-        per_token = growth[name][str(high)] / high * low / growth[name][str(low)]
+        low, high, per_token = time_per_token(growth[name])
         found[f"{name}: time per token at {high} over {low}"] = {"ratio": per_token}
     return found
 
@@ -257,22 +169,17 @@ def main(quick: bool) -> None:
             times[f"both sides, {title} {length}"] = rows
     show(
         "forward and backward, ms per 1024 tokens: constant if the growth is linear",
-        {name: {f"L={n}": ms * 1024 / int(n) for n, ms in line.items()} for name, line in growth.items()},
+        per_1024_tokens(growth),
     )
-    # Blocks from the system and back, or what the allocator keeps for later counts as held.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    memory = {}
-    for name in attentions:
-        longest = MEMORY_UP_TO.get(name, ONLY_LINEAR[-1])
-        lengths = [n for n in ([2048, 4096] if quick else [*LENGTHS[1:], *ONLY_LINEAR]) if n <= longest]
-        memory[name] = {f"L={n}": in_fresh_process(__file__, "peak", name, str(n))["units"] for n in lengths}
+    some = [2048, 4096] if quick else [*LENGTHS[1:], *ONLY_LINEAR]
+    memory = peaks(__file__, {name: [n for n in some if n <= MEMORY_UP_TO.get(name, n)] for name in attentions})
     show("peak of forward and backward, elements over L H d (the three inputs are 3)", memory)
     reached = targets(times, growth)
     for what, figures in reached.items():
         print(f"{what}: {figures}")
     if quick:
         return
-    draw(growth, RESULTS / "linear_attention.svg")
+    draw(growth, "linear-attention-growth", "forward and backward, milliseconds, one CPU thread")
     saved = save(
         "linear_attention",
         {"rates": rate, "times": times, "growth_ms": growth, "memory": memory, "targets": reached},
@@ -282,6 +189,6 @@ def main(quick: bool) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak"]:
-        peak(sys.argv[2], int(sys.argv[3]))
+        peak(candidates()[sys.argv[2]], int(sys.argv[3]))
     else:
         main(quick=sys.argv[1:2] == ["quick"])

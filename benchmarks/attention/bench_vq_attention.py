@@ -8,29 +8,38 @@ codewords, and finds the nearest code of every key; backward, one and a half blo
 ours alone. `floor_ratio` is the ratio of the floors.
 
 The targets are: forward and backward faster than SDPA from 4096 tokens on, and at least three times as fast at 16384;
-linear growth to 65536 (a plot beside the JSON, drawn with vl-convert of the extra `lab`); peak memory, each in a fresh
+linear growth to 65536 (a plot for the guide, drawn with vl-convert of the extra `lab`); peak memory, each in a fresh
 process, linear in the length.
 
 With the argument "quick", few rounds and lengths, and nothing is saved.
 """
 
-import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
+from _lengths import (
+    DIM,
+    HEADS,
+    Attention,
+    both,
+    draw,
+    forward,
+    peak,
+    peaks,
+    per_1024_tokens,
+    rates,
+    tensors,
+    time_per_token,
+)
 from torch.nn import functional as F
 
-from _measure import RESULTS, PeakMemory, in_fresh_process, interleave, run_tests, save, show, summary
+from _measure import interleave, run_tests, save, show, summary
 from danlu.attention import vq_attention
 
-HEADS, DIM, CODES, BLOCK = 8, 64, 256, 256
+CODES, BLOCK = 256, 256
 SDPA, VQ, BIASED = "torch SDPA, causal", "danlu VQ", "danlu VQ, learned bias"
 REROPE = "danlu VQ, ReRoPE"
 LENGTHS = [1024, 2048, 4096, 8192, 16384]
@@ -40,12 +49,7 @@ GROWTH = [*LENGTHS, *ONLY_VQ]
 LONGEST_MEMORY_OF_OTHERS = 16384
 
 
-def tensors(length: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, HEADS, length, DIM, generator=generator).requires_grad_() for _ in range(3)]
-
-
-def candidates() -> dict[str, Callable[..., Tensor]]:
+def candidates() -> dict[str, Attention]:
     generator = torch.Generator().manual_seed(1)
     codebook = torch.randn(HEADS, CODES, DIM, generator=generator)
     bias = torch.randn(HEADS, 2 * BLOCK, generator=generator).requires_grad_()
@@ -78,89 +82,6 @@ def traffic(name: str, length: int, backward: bool) -> float:
     return rows + 8 * HEADS * length + state * (5 if backward else 2)
 
 
-def rates() -> dict[str, float]:
-    """Flops and bytes per second of a large matrix product and of a copy, best of several."""
-    left, right = torch.randn(2, 1024, 1024)
-    source, target = torch.randn(2, 2**24)
-
-    def best(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return {
-        "flops": 2 * 1024**3 / best(lambda: left @ right),
-        "bytes": 2 * 4 * 2**24 / best(lambda: target.copy_(source)),
-    }
-
-
-def forward(attention: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return attention(*inputs)
-
-    return run
-
-
-def both(attention: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
-    def run() -> None:
-        # Of all leaves, also the bias.
-        attention(*inputs).sum().backward()
-
-    return run
-
-
-def peak(name: str, length: int) -> None:
-    """Run in a fresh process: elements held at the peak of forward and backward, in units of L H d."""
-    torch.set_num_threads(1)
-    attention, inputs = candidates()[name], tensors(length)
-    both(attention, tensors(600))()
-    with PeakMemory() as memory:
-        both(attention, inputs)()
-    print(json.dumps({"units": memory.extra / (4 * length * HEADS * DIM)}))
-
-
-def plot(growth: dict[str, dict[str, float]], path: Path) -> None:
-    """Milliseconds of forward and backward over the length, both logarithmic."""
-    import vl_convert
-
-    rows = [
-        {"what": what, "length": int(length), "ms": ms} for what, line in growth.items() for length, ms in line.items()
-    ]
-    axis = {"grid": True, "format": "~s"}
-    spec = {
-        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "data": {"values": rows},
-        "width": 520,
-        "height": 320,
-        "background": "#ffffff",
-        "mark": {"type": "line", "point": True},
-        "encoding": {
-            "x": {
-                "field": "length",
-                "type": "quantitative",
-                "scale": {"type": "log", "base": 2, "domain": [GROWTH[0], GROWTH[-1]]},
-                "axis": axis,
-                "title": "tokens",
-            },
-            "y": {
-                "field": "ms",
-                "type": "quantitative",
-                "scale": {"type": "log"},
-                "axis": axis,
-                "title": "milliseconds, one CPU thread",
-            },
-            "color": {"field": "what", "type": "nominal", "title": None, "sort": list(growth)},
-            "strokeDash": {"field": "what", "type": "nominal", "legend": None, "sort": list(growth)},
-        },
-    }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(vl_convert.vegalite_to_svg(spec))
-
-
 def targets(content: dict[str, dict[str, dict[str, float]]], growth: dict[str, dict[str, float]]) -> dict[str, object]:
     """What was to be reached, and what was."""
     found: dict[str, object] = {}
@@ -173,9 +94,8 @@ def targets(content: dict[str, dict[str, dict[str, float]]], growth: dict[str, d
     for title, line in growth.items():
         if not title.startswith("VQ"):
             continue
-        # Ideal growth is 1: from the shortest length that fills several blocks.
-        low, high = min(int(n) for n in line if int(n) >= 4096), max(int(n) for n in line)
-        per_token = line[str(high)] / high * low / line[str(low)]
+        # From the shortest length that fills several blocks.
+        low, high, per_token = time_per_token(line, shortest=4096)
         found[f"{title}: time per token at {high} over {low}"] = {"ratio": per_token}
     return found
 
@@ -221,19 +141,20 @@ def main(quick: bool) -> None:
             growth[f"VQ, {title}"][str(length)] = 1e3 * sorted(times)[1]
     show(
         "growth, ms per 1024 tokens",
-        {title: {f"L={n}": ms * 1024 / int(n) for n, ms in line.items()} for title, line in growth.items()},
+        per_1024_tokens(growth),
     )
-    memory = {}
-    for name in attentions:
-        counted = [1024, 4096] if quick else [n for n in GROWTH if name == VQ or n <= LONGEST_MEMORY_OF_OTHERS]
-        memory[name] = {f"L={n}": in_fresh_process(__file__, "peak", name, str(n))["units"] for n in counted}
+    some = [1024, 4096] if quick else GROWTH
+    limits = {VQ: GROWTH[-1]}
+    memory = peaks(
+        __file__, {name: [n for n in some if n <= limits.get(name, LONGEST_MEMORY_OF_OTHERS)] for name in attentions}
+    )
     show("peak of forward and backward, elements over L H d (the three inputs are 3)", memory)
     reached = targets(content, growth)
     for what, figures in reached.items():
         print(f"{what}: {figures}")
     if quick:
         return
-    plot(growth, RESULTS / "vq_attention.svg")
+    draw(growth, "vq-attention-growth", "milliseconds, one CPU thread")
     saved = save(
         "vq_attention",
         {"rates": rate, "times": content, "growth_ms": growth, "memory": memory, "targets": reached},
@@ -243,6 +164,6 @@ def main(quick: bool) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak"]:
-        peak(sys.argv[2], int(sys.argv[3]))
+        peak(candidates()[sys.argv[2]], int(sys.argv[3]))
     else:
         main(quick=sys.argv[1:2] == ["quick"])
