@@ -102,7 +102,7 @@ def draw(growth: Mapping[str, Mapping[str, float]], name: str, title: str) -> No
 
     rows = [{"what": what, "length": int(n), "ms": ms} for what, line in growth.items() for n, ms in line.items()]
     ends = [min(row["length"] for row in rows), max(row["length"] for row in rows)]
-    axis = {"grid": True, "format": "~s"}
+    ticks = {"grid": True, "format": ",d", "values": sorted({row["length"] for row in rows})}
     named = {"field": "what", "type": "nominal", "sort": list(growth)}
     x = {"field": "length", "scale": {"type": "log", "base": 2, "domain": ends}, "title": "tokens"}
     y = {"field": "ms", "scale": {"type": "log"}, "title": title}
@@ -114,8 +114,8 @@ def draw(growth: Mapping[str, Mapping[str, float]], name: str, title: str) -> No
         "background": "#ffffff",
         "mark": {"type": "line", "point": True},
         "encoding": {
-            "x": {**x, "type": "quantitative", "axis": axis},
-            "y": {**y, "type": "quantitative", "axis": axis},
+            "x": {**x, "type": "quantitative", "axis": ticks},
+            "y": {**y, "type": "quantitative", "axis": {"grid": True, "format": "~s"}},
             "color": {**named, "title": None},
             "strokeDash": {**named, "legend": None},
         },
