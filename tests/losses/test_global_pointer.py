@@ -258,6 +258,20 @@ def test_compiles_as_one_graph(shared, reduction, dtype):
         torch.autograd.grad(compiled(*leaves), leaves[0], create_graph=True)[0].sum().backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_compiler_that_asks_for_no_gradients_of_its_own_is_refused_the_second_derivative(reduction):
+    q, k = heads()[:2]
+
+    def call(q, k):
+        return global_pointer_loss(q, k, SPANS, reduction=reduction).sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    (slope,) = torch.autograd.grad(compiled(q, k), q, create_graph=True)
+    torch.testing.assert_close(slope, torch.autograd.grad(call(q, k), q)[0], rtol=1e-13, atol=1e-14)
+    with pytest.raises(RuntimeError, match="has no second derivative; take multilabel_cross_entropy"):
+        slope.square().sum().backward()
+
+
 def test_never_all_scores_at_once(monkeypatch):
     """No tensor of the size of all scores, nor even of those of one type, is ever made."""
     largest = 0

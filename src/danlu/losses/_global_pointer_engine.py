@@ -8,11 +8,12 @@ from torch import Tensor
 
 from danlu.losses._prepared import Grads, Prepared, refusal
 
-__all__ = ["Plan", "SpanLoss", "run_blocks"]
+__all__ = ["NO_SECOND", "Plan", "SpanLoss", "run_blocks"]
 
 # Scores held at a time: half a million are 2 MB, which stay in the cache between the passes over them.
 _BLOCK = 2**19
 _INSTEAD = "take multilabel_cross_entropy of the dense scores"
+NO_SECOND = f"global_pointer_loss has no second derivative; {_INSTEAD}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class _Gradients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Grads) -> None:
         """Nothing is kept."""
 
-    backward = refusal(f"global_pointer_loss has no second derivative; {_INSTEAD}")
+    backward = refusal(NO_SECOND)
     jvp = backward
     vmap = refusal(f"the gradient of global_pointer_loss does not work under vmap; {_INSTEAD}")
 

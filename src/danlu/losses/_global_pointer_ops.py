@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danlu.losses._global_pointer_engine import Plan, run_blocks
+from danlu.losses._global_pointer_engine import NO_SECOND, Plan, run_blocks
 
 __all__ = ["compiled_span_loss"]
 
@@ -85,9 +85,15 @@ def _(
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.needs, ctx.count = inputs[-1], len(inputs)
+    ctx.set_materialize_grads(False)
 
 
-def _scaled(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _scaled(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if any(other is not None for other in others):
+        # Of the gradients, which nobody else sees.
+        raise RuntimeError(NO_SECOND)
+    if upstream is None:
+        return (None,) * ctx.count
     grads = tuple(
         grad * upstream.to(grad.dtype) if need else None
         for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
@@ -162,4 +168,9 @@ def _recomputed(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return found + (None,) * (3 + len(ctx.options))
 
 
+def _refuse(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(NO_SECOND)
+
+
+_vjp.register_autograd(_refuse)
 _rows.register_autograd(_recomputed, setup_context=_keep_inputs)
